@@ -1,0 +1,27 @@
+"""Errors that the command line reports as one sentence, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PipelineError(Exception):
+    """Something the user can mend; its message is one sentence that names the key or file and the remedy."""
+
+
+class ParamsError(PipelineError, ValueError):
+    """params.yaml cannot be read or holds something impossible."""
+
+
+class RegistryError(PipelineError, ValueError):
+    """An unknown stage, axis or axis value was asked for."""
+
+
+def suggestion(word: object, known: Iterable[str], noun: str = "names") -> str:
+    """The end of a sentence about an unknown `word`: the nearest of `known`, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known {noun} are {', '.join(known)}" if known else f"no {noun} are known here"

@@ -1,0 +1,245 @@
+"""Read params.yaml into validated models, and say in one sentence what is wrong with it.
+
+`load()` is the only way in. The models are in `pipeline.models` and re-exported here. The file is read as YAML 1.2
+(what DVC reads it as, too): `1e-3` is a number and `no` is a word.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.errors import ParamsError, suggestion
+from pipeline.models import (
+    BasicTraining,
+    ConsistencyTraining,
+    Dataset,
+    Decay,
+    Evaluation,
+    Features,
+    Figure2,
+    InverseSqrtDecay,
+    LinearDecay,
+    Network,
+    Params,
+    Scale,
+    Size,
+    Slot,
+    SmallNetwork,
+    TeacherSampling,
+    TeacherTraining,
+    Training,
+    Vae,
+)
+
+__all__ = [
+    "BasicTraining",
+    "ConsistencyTraining",
+    "Dataset",
+    "Decay",
+    "Evaluation",
+    "Features",
+    "Figure2",
+    "InverseSqrtDecay",
+    "LinearDecay",
+    "Network",
+    "Params",
+    "ParamsError",
+    "Scale",
+    "Size",
+    "Slot",
+    "SmallNetwork",
+    "TeacherSampling",
+    "TeacherTraining",
+    "Training",
+    "Vae",
+    "load",
+    "read_yaml",
+    "schema",
+]
+
+PARAMS_FILE = "params.yaml"
+
+
+def load(path: str | Path = PARAMS_FILE, scale: str | None = None) -> Params:
+    """The validated parameters of a file, all scales of it, with `scale` (default: the file's own) active.
+
+    Raises `ParamsError` with a one-sentence message that starts with the file's name and the dotted key.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    try:
+        params = Params.model_validate(data)
+    except ValidationError as error:
+        raise ParamsError(f"{path.name}: {_sentence(error, data)}") from None
+    for name, origin in ((params.scale, f"{path.name}: scale"), (scale, "scale")):
+        if name is not None and name not in params.scales:
+            raise ParamsError(f"{origin}: unknown scale {_got(name)}; {suggestion(name, params.scales, 'scales')}")
+    return params if scale is None else params.model_copy(update={"scale": scale})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file; `ParamsError` if it is missing, is not YAML, or repeats a key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run this from the top folder of the repository") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path.name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise ParamsError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = yaml.load(text, Loader=_Yaml12)  # noqa: S506  # derived from SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise ParamsError(f"{path.name}: not valid YAML{where}: {_one_line(what)}; correct the line") from None
+    except (RecursionError, ValueError) as error:
+        raise ParamsError(f"{path.name}: not valid YAML: {_one_line(error)}; write plain nested keys") from None
+    if not isinstance(data, dict):
+        raise ParamsError(f"{path.name}: must hold keys with values ('scale: …', 'scales: …'), got {_got(data)}")
+    return data
+
+
+class _Yaml12(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2's core schema and without repeated keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
+            if key.value in seen:
+                what = f"key '{key.value}' is given twice"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:
+    import re
+
+    _Yaml12.add_implicit_resolver(tag, re.compile(pattern), list(first))
+    _Yaml12.add_constructor(tag, lambda loader, node: convert(loader.construct_scalar(node)))
+
+
+_scalar("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda text: None)
+_scalar("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF", lambda text: text[0] in "tT")
+_scalar("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", "-+0123456789", int)
+_scalar(
+    "tag:yaml.org,2002:float",
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+    "-+.0123456789",
+    lambda text: float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1].isalpha() else text),
+)
+
+_SENTENCES = {
+    "missing": "is missing: add it",
+    "greater_than": "must be greater than {gt}, got {got}",
+    "greater_than_equal": "must be at least {ge}, got {got}",
+    "less_than": "must be less than {lt}, got {got}",
+    "less_than_equal": "must be at most {le}, got {got}",
+    "finite_number": "must be a finite number, got {got}",
+    "int_type": "must be an integer, got {got}",
+    "int_from_float": "must be an integer, got {got}",
+    "float_type": "must be a number, got {got}",
+    "string_type": "must be a word, got {got}",
+    "tuple_type": "must be a list such as [1, 2], got {got}",
+    "mapping_type": "must be a section of keys with values, got {got}",
+    "model_type": "must be a section of keys with values, got {got}",
+    "model_attributes_type": "must be a section of keys with values, got {got}",
+    "dict_type": "must be a section of keys with values, got {got}",
+    "too_short": "must have at least {min_length} entries, got {actual_length}",
+    "too_long": "must have at most {max_length} entries, got {got}",
+    "string_too_long": "must have at most {max_length} characters",
+    "literal_error": "must be {expected}, got {got}",
+    "union_tag_invalid": "{discriminator} must be one of {expected_tags}, got '{tag}'",
+    "union_tag_not_found": "needs the key {discriminator}",
+}
+
+
+def _sentence(error: ValidationError, data: Any) -> str:
+    """The first error of a validation as 'dotted.key: what is wrong and what would be right'."""
+    first = error.errors(include_url=False)[0]
+    kind, context, got = first["type"], dict(first.get("ctx", {})), first["input"]
+    path = _known_path(first["loc"], data)
+    if "at" in context:
+        path.extend(str(context["at"]).split(".") if kind == "cross_field" else [context["at"]])
+    key = _dotted(path)
+    if kind == "cross_field":
+        return f"{key}: {context['sentence']}"
+    if kind == "unknown_key":
+        return f"{key}: unknown key; {suggestion(path[-1], context['known'], 'keys here')}"
+    if "[key]" in first["loc"]:
+        if kind == "literal_error":
+            return f"{key}: unknown name; it must be {context['expected']}"
+        return f"{key}: not a name: use letters, digits and underscores, a letter first (at most 32 characters)"
+    template = _SENTENCES.get(kind)
+    if template is None:  # a kind of check that is new here: pydantic's own words
+        return f"{key}: {_one_line(first['msg'])}, got {_got(got)}"
+    context = {name: value for name, value in context.items() if isinstance(value, (str, int, float))}
+    return f"{key}: {_one_line(template.format(**{**context, 'got': _got(got)}))}"
+
+
+def _known_path(loc: Sequence[int | str], data: Any) -> list[int | str]:
+    """The keys of the file in an error's location: pydantic adds '[key]' and the tags of unions."""
+    path: list[int | str] = []
+    for part in loc:
+        if part == "[key]":
+            continue
+        # The tag of a discriminated union is a value of the section where a key is expected.
+        if isinstance(data, Mapping) and part not in data and part in [v for v in data.values() if isinstance(v, str)]:
+            continue
+        path.append(part)
+        inside = isinstance(data, Mapping) and part in data
+        data = data[part] if inside else None
+    return path
+
+
+def _dotted(path: Sequence[object]) -> str:
+    text = ""
+    for part in path:
+        if isinstance(part, int) and text:
+            text += f"[{part}]"
+        else:
+            word = str(part)
+            word = word if word and word.isprintable() and len(word) <= 80 else reprlib.repr(word)
+            text += f".{word}" if text else word
+    return text or "the file"
+
+
+def _got(value: Any) -> str:
+    """A value as the user would recognise it, on one short line."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a huge integer"
+    return reprlib.repr(value)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of params.yaml, for editors; in it a size's overrides need not be complete."""
+    result = Params.model_json_schema()
+    definitions = result["$defs"]
+    for name in ("TeacherTraining", "ConsistencyTraining"):
+        partial = {key: value for key, value in definitions[name].items() if key != "required"}
+        definitions[f"{name}Override"] = {**partial, "title": f"{name}Override"}
+    size = definitions["Size"]["properties"]
+    size["teacher"]["$ref"] += "Override"
+    size["students"]["additionalProperties"]["$ref"] += "Override"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result, "title": "params.yaml"}
