@@ -1,0 +1,41 @@
+"""Classifier-free guidance: the teacher's guided output and the scales that a guided student is trained on (paper §5, App. D)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+VelocityFn = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def guided(net: Callable[..., Tensor], x: Tensor, t: Tensor, labels: Tensor, guidance: Tensor | float) -> Tensor:
+    """F_uncond + s (F_cond − F_uncond) in one forward of twice the batch; x is x_t/σ_d, s a number or of shape (B,)."""
+    both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([torch.full_like(labels, -1), labels]))
+    uncond, cond = both.chunk(2)
+    if isinstance(guidance, Tensor):
+        guidance = guidance.reshape(-1, *[1] * (x.ndim - 1))
+    return uncond + guidance * (cond - uncond)
+
+
+def sample_guidance(batch: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """s ~ U[low, high], one per sample, shape (batch,)."""
+    return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+
+
+def data_velocity(x_t: Tensor, t: Tensor, v_t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
+    """dx_t/dt of consistency training (sCT): the sample's own velocity v_t."""
+    return v_t
+
+
+def teacher_velocity(teacher: Callable[..., Tensor], sigma_data: float) -> VelocityFn:
+    """dx_t/dt of consistency distillation (sCD): σ_d F_teacher(x_t/σ_d, t), guided where a scale is given (Algorithm 1)."""
+
+    @torch.no_grad()
+    def dxdt(x_t: Tensor, t: Tensor, v_t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
+        if guidance is None:
+            return sigma_data * teacher(x_t / sigma_data, t, labels)
+        if labels is None:
+            raise ValueError("guidance: classifier-free guidance needs labels, got labels=None")
+        return sigma_data * guided(teacher, x_t / sigma_data, t, labels, guidance)
+
+    return dxdt

@@ -1,0 +1,176 @@
+"""Operations on (value, tangent) pairs: one forward pass that gives F and dF together (paper §5.1).
+
+Every function takes plain tensors or `Dual`s. On a `Dual` it applies its operation to the value and the exact linearisation
+to the tangent. The value keeps its autograd graph, so that the same pass serves the training loss; the tangent never has one
+(weights act on it as constants), which is what the stop-gradient θ⁻ of the paper asks for. This costs one forward pass
+more than a plain training step, where `torch.func.jvp` beside a separate training forward costs two or three.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+
+class Dual(NamedTuple):
+    """A tensor and its directional derivative, both of the same shape."""
+
+    value: Tensor
+    tangent: Tensor
+
+
+Maybe = Tensor | Dual  # what a layer takes and gives
+
+
+def value_of(x: Maybe) -> Tensor:
+    """The value of a pair, or the tensor itself."""
+    return x.value if isinstance(x, Dual) else x
+
+
+def tangent_of(x: Maybe) -> Tensor:
+    """The tangent of a pair; zeros for a plain tensor, which is a constant."""
+    return x.tangent if isinstance(x, Dual) else torch.zeros_like(x)
+
+
+def linear(x: Maybe, weight: Tensor) -> Maybe:
+    """x Wᵀ; W of shape (out, in)."""
+    if not isinstance(x, Dual):
+        return nnf.linear(x, weight)
+    with torch.no_grad():
+        tangent = nnf.linear(x.tangent, weight)
+    return Dual(nnf.linear(x.value, weight), tangent)
+
+
+def conv2d(x: Maybe, weight: Tensor) -> Maybe:
+    """Convolution with stride 1 and zero padding that keeps the resolution; W of shape (out, in, k, k), k odd."""
+    padding = weight.shape[-1] // 2
+    if not isinstance(x, Dual):
+        return nnf.conv2d(x, weight, padding=padding)
+    with torch.no_grad():
+        tangent = nnf.conv2d(x.tangent, weight, padding=padding)
+    return Dual(nnf.conv2d(x.value, weight, padding=padding), tangent)
+
+
+def scale(x: Maybe, factor: Tensor | float) -> Maybe:
+    """x times a constant or a parameter."""
+    if not isinstance(x, Dual):
+        return x * factor
+    with torch.no_grad():
+        tangent = x.tangent * factor
+    return Dual(x.value * factor, tangent)
+
+
+def add(a: Maybe, b: Maybe) -> Maybe:
+    """a + b, where either may be a constant (a plain tensor); shapes broadcast."""
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return Dual(a.value + b.value, a.tangent + b.tangent)
+    value = value_of(a) + value_of(b)
+    if not isinstance(a, Dual) and not isinstance(b, Dual):
+        return value
+    moving = a if isinstance(a, Dual) else b
+    return Dual(value, tangent_of(moving).expand_as(value))
+
+
+def multiply(a: Maybe, b: Maybe) -> Maybe:
+    """a ⊙ b; shapes broadcast."""
+    value = value_of(a) * value_of(b)
+    if not isinstance(a, Dual) and not isinstance(b, Dual):
+        return value
+    with torch.no_grad():
+        if isinstance(a, Dual) and isinstance(b, Dual):
+            tangent = torch.addcmul(a.tangent * b.value, a.value, b.tangent)
+        elif isinstance(a, Dual):
+            tangent = a.tangent * value_of(b)
+        else:
+            tangent = value_of(a) * tangent_of(b)
+    return Dual(value, tangent)
+
+
+def silu(x: Maybe, gain: float = 1.0) -> Maybe:
+    """gain · x σ(x)."""
+    if not isinstance(x, Dual):
+        y = nnf.silu(x)
+        return y if gain == 1.0 else y * gain
+    with torch.no_grad():
+        s = torch.sigmoid(x.value)
+        tangent = torch.addcmul(s, x.value * s, 1 - s).mul_(x.tangent)
+        if gain != 1.0:
+            tangent.mul_(gain)
+    y = nnf.silu(x.value)
+    return Dual(y if gain == 1.0 else y * gain, tangent)
+
+
+def rms_normalize(x: Maybe, dim: int = 1, eps: float = 1e-4) -> Maybe:
+    """x / √(mean_dim(x²) + ε): pixel normalisation over the channels (`pnorm` of App. G)."""
+    v = value_of(x)
+    r = torch.rsqrt(v.square().mean(dim=dim, keepdim=True) + eps)
+    y = v * r
+    if not isinstance(x, Dual):
+        return y
+    with torch.no_grad():
+        # d(x r) = r (dx − y · mean(y dx)), because dr = −r³ mean(x dx)
+        tangent = (x.tangent - y * (y * x.tangent).mean(dim=dim, keepdim=True)) * r
+    return Dual(y, tangent)
+
+
+def cosine(x: Maybe) -> Maybe:
+    """cos x."""
+    if not isinstance(x, Dual):
+        return torch.cos(x)
+    with torch.no_grad():
+        tangent = -torch.sin(x.value) * x.tangent
+    return Dual(torch.cos(x.value), tangent)
+
+
+def sine(x: Maybe) -> Maybe:
+    """sin x."""
+    if not isinstance(x, Dual):
+        return torch.sin(x)
+    with torch.no_grad():
+        tangent = torch.cos(x.value) * x.tangent
+    return Dual(torch.sin(x.value), tangent)
+
+
+def outer(t: Maybe, frequencies: Tensor) -> Maybe:
+    """t ⊗ frequencies: shapes (B,) and (K,) to (B, K)."""
+    if not isinstance(t, Dual):
+        return t[:, None] * frequencies
+    return Dual(t.value[:, None] * frequencies, t.tangent[:, None] * frequencies)
+
+
+def concat(parts: Sequence[Maybe], dim: int = 1) -> Maybe:
+    """Concatenation; constants get a zero tangent."""
+    value = torch.cat([value_of(p) for p in parts], dim=dim)
+    if not any(isinstance(p, Dual) for p in parts):
+        return value
+    return Dual(value, torch.cat([tangent_of(p) for p in parts], dim=dim))
+
+
+def chunk(x: Maybe, parts: int, dim: int = 1) -> tuple[Maybe, ...]:
+    """Split into equal parts."""
+    if not isinstance(x, Dual):
+        return x.chunk(parts, dim=dim)
+    return tuple(Dual(v, d) for v, d in zip(x.value.chunk(parts, dim=dim), x.tangent.chunk(parts, dim=dim), strict=True))
+
+
+def rearrange(x: Maybe, function, *args) -> Maybe:
+    """Apply a function that only moves elements (reshape, pixel shuffle, …) to value and tangent alike."""
+    if not isinstance(x, Dual):
+        return function(x, *args)
+    return Dual(function(x.value, *args), function(x.tangent, *args))
+
+
+def dropout(x: Maybe, mask: Tensor | None) -> Maybe:
+    """x ⊙ mask with one mask for value and tangent (§4.2); the mask already carries 1/(1 − p). None: no dropout."""
+    return x if mask is None else scale(x, mask)
+
+
+def weighted_sum(a: Maybe, b: Maybe, weight: float) -> Maybe:
+    """((1 − w) a + w b) / √((1 − w)² + w²): EDM2's magnitude-preserving sum of unit-variance parts (its Eq. 88)."""
+    norm = math.hypot(1 - weight, weight)
+    if not isinstance(a, Dual) and not isinstance(b, Dual):
+        return torch.add(a * ((1 - weight) / norm), b, alpha=weight / norm)
+    return add(scale(a, (1 - weight) / norm), scale(b, weight / norm))

@@ -1,0 +1,73 @@
+"""TrigFlow: the process, its times, and the four ways to say what a network predicts (paper §3, App. B).
+
+Times t are radians in [0, π/2]; x0 has standard deviation sigma_data per element and so has the noise z ~ N(0, sigma_data² I).
+A network F(x_t / sigma_data, t) has unit-variance input and output; every function here takes the *tensor* F.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SIGMA_MAX = 80.0  # the largest noise level of every sampler (paper §5.2), in units of the EDM process x0 + σ ε
+SIGMA_MIN = 0.002  # the smallest one of EDM's grid
+
+
+def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
+    """Return t of shape (B,) as (B, 1, …, 1), to broadcast once against x of shape (B, …)."""
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t: expected shape ({x.shape[0]},) to match x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def sigma_to_t(sigma: Tensor | float, sigma_data: float) -> Tensor:
+    """EDM noise level σ ≥ 0 to TrigFlow time: t = arctan(σ / σ_d) (App. B)."""
+    return torch.atan(torch.as_tensor(sigma) / sigma_data)
+
+
+def t_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
+    """TrigFlow time t in [0, π/2) to the EDM noise level: σ = σ_d tan t (App. B)."""
+    return sigma_data * torch.tan(torch.as_tensor(t))
+
+
+def t_max(sigma_data: float) -> float:
+    """The first time of every sampler, arctan(80 / σ_d), in radians (§5.2)."""
+    return math.atan(SIGMA_MAX / sigma_data)
+
+
+def diffuse(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """x_t = cos(t) x0 + sin(t) z (Eq. 4); x0, z of shape (B, …), t of shape (B,)."""
+    t = broadcast_time(t, x0)
+    return torch.cos(t) * x0 + torch.sin(t) * z
+
+
+def velocity(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """v_t = dx_t/dt = cos(t) z − sin(t) x0, the target of the diffusion loss; shapes as in `diffuse`."""
+    t = broadcast_time(t, x0)
+    return torch.cos(t) * z - torch.sin(t) * x0
+
+
+def consistency_function(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """f(x_t, t) = cos(t) x_t − sin(t) σ_d F; f(x, 0) = x by construction (Eq. 5). F is the tensor F(x_t/σ_d, t)."""
+    t = broadcast_time(t, x_t)
+    return torch.cos(t) * x_t - torch.sin(t) * sigma_data * F
+
+
+def denoiser(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """D(x_t, t) ≈ E[x0 | x_t], the same expression as `consistency_function` for a diffusion model's F (§3)."""
+    return consistency_function(F, x_t, t, sigma_data)
+
+
+def noise_prediction(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """ε(x_t, t) = sin(t) x_t + cos(t) σ_d F ≈ E[z | x_t], with the standard deviation of the data (App. B)."""
+    t = broadcast_time(t, x_t)
+    return torch.sin(t) * x_t + torch.cos(t) * sigma_data * F
+
+
+def sample_times(batch: int, P_mean: float, P_std: float, sigma_data: float, generator: torch.Generator) -> Tensor:
+    """Draw t = arctan(e^τ / σ_d), τ ~ N(P_mean, P_std²), of shape (batch,), float32, on the generator's device (§4.2).
+
+    P_mean and P_std are in units of ln σ, as in EDM.
+    """
+    tau = P_mean + P_std * torch.randn(batch, generator=generator, device=generator.device)
+    return torch.atan(torch.exp(tau) / sigma_data)
