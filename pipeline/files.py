@@ -1,0 +1,150 @@
+"""Small files written so that a reader sees the old or the new content, never half of it; locks; live processes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same string for the same value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a string, as 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Writes `value` to `path` atomically; `durable` also waits until it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name holds the pid: two processes that write one file (progress after a takeover) do not share a draft.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as f:
+            f.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is no such file or it is no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def fsync_tree(folder: Path) -> None:
+    """Waits until every file and folder below `folder` is on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in (*names, "."):
+            fd = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+class Lock:
+    """A POSIX lock on a file, freed by the kernel when the process dies; works across hosts where the file system does.
+
+    Open each lock file in one place of a process only: closing any descriptor of a file drops its POSIX locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self, shared: bool = False, wait: bool = True) -> bool:
+        """Takes the lock, or changes it between shared and exclusive; False when `wait` is false and another has it."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+")
+        try:
+            fcntl.lockf(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the lock exclusively, waiting for it."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock on `path`."""
+    if not path.exists():
+        return False
+    lock = Lock(path)
+    try:
+        return not lock.acquire(wait=False)
+    finally:
+        lock.release()
+
+
+def host() -> str:
+    """This machine's name in tickets and records."""
+    return socket.gethostname()
+
+
+def start_time(pid: int) -> str | None:
+    """When process `pid` started, as a string to compare; None when it is gone (or a zombie, which is as good as gone).
+
+    With the boot's identity in it, a pid that was given to another process later, or after a reboot, is not mistaken.
+    """
+    try:
+        # The command name is in brackets and may hold spaces and brackets: count fields from the last bracket.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+    except (FileNotFoundError, ProcessLookupError):
+        if Path("/proc/self/stat").exists():
+            return None
+    # No /proc (macOS, BSD): ps says the same thing, slower.
+    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state, _, started = shown.stdout.strip().partition(" ")
+    return None if not state or state.startswith("Z") else started.strip()
+
+
+def identify(pid: int) -> dict[str, Any]:
+    """What recognises process `pid` later: host, pid, start time."""
+    return {"host": host(), "pid": pid, "started": start_time(pid)}
+
+
+def is_alive(process: Mapping[str, Any] | None) -> bool:
+    """Whether a process described by `identify` on this host still runs (False for one of another host)."""
+    if not process or process.get("host") != host():
+        return False
+    now = start_time(int(process["pid"]))
+    return now is not None and now == process.get("started")

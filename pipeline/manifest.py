@@ -1,0 +1,189 @@
+"""What a job is made of: fingerprint, run id, and the manifest that lies in every output.
+
+A manifest is deterministic (no times, no host), so that the same computation gives the same bytes everywhere and a
+run id quoted in a table means the same thing on every machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import paths
+from pipeline.errors import PipelineError
+from pipeline.files import canonical, read_json, sha256_file, sha256_text
+
+if TYPE_CHECKING:
+    from pipeline.params import Params
+    from pipeline.registry import Job
+
+FORMAT = 1
+# Input files up to this size are hashed before each use; larger ones (latents of a whole data set) only have their
+# size compared, as reading them twice would cost more than the stage itself.
+HASH_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Input:
+    """One verified input of a job."""
+
+    path: Path  # absolute
+    run: str | None  # run id that made it; None for a plain file
+    digest: str  # SHA-256 of its manifest, or of the file
+    job: str | None = None  # name of the job that made it
+
+
+def digest(manifest: Path) -> str:
+    """The digest of an output: SHA-256 of its manifest, which holds the SHA-256 of every file."""
+    return sha256_file(manifest)
+
+
+def resolve(params: Any, key: str) -> Any:
+    """The value of a dotted key of params.yaml, as plain JSON data with defaults filled in."""
+    node = params
+    for part in key.split("."):
+        try:
+            node = node[part] if isinstance(node, Mapping) else getattr(node, part)
+        except (KeyError, AttributeError):
+            raise PipelineError(f"params.yaml: {key}: there is no '{part}' in it") from None
+    return _plain(node)
+
+
+def _plain(node: Any) -> Any:
+    if hasattr(node, "model_dump"):
+        return node.model_dump(mode="json")
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value) for value in node]
+    return node
+
+
+def resolved_params(job: "Job", params: "Params") -> dict[str, Any]:
+    """Every parameter the job depends on: dotted key -> value."""
+    return {key: resolve(params, key) for key in job.params}
+
+
+def fingerprint(job: "Job", params: "Params", inputs: Mapping[str, Input]) -> str:
+    """SHA-256 of everything that decides a job's result besides the code: scale, stage, axes, parameters, inputs."""
+    return sha256_text(
+        canonical(
+            {
+                "scale": job.scale,
+                "stage": job.stage,
+                "axes": dict(job.axes),
+                "params": resolved_params(job, params),
+                "inputs": {name: item.digest for name, item in inputs.items()},
+            }
+        )
+    )
+
+
+def run_id(job: "Job", mark: str) -> str:
+    """`<job name>-<first 8 hex digits of its fingerprint>`."""
+    return f"{job.name}-{mark[:8]}"
+
+
+def build(job: "Job", params: "Params", inputs: Mapping[str, Input], mark: str, folder: Path) -> dict[str, Any]:
+    """The manifest of what lies in `folder`."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / paths.MANIFEST
+    }
+    return {
+        "format": FORMAT,
+        "run": run_id(job, mark),
+        "name": job.name,
+        "scale": job.scale,
+        "stage": job.stage,
+        "axes": dict(job.axes),
+        "fingerprint": mark,
+        "params": resolved_params(job, params),
+        "inputs": {
+            name: {"path": paths.relative(item.path), "run": item.run, "digest": item.digest}
+            for name, item in inputs.items()
+        },
+        "files": files,
+    }
+
+
+def path_of(job: "Job") -> Path:
+    """Where the manifest of the job's published output lies."""
+    output = paths.root() / job.outputs[0]
+    return paths.report_manifest(job) if is_report(job) else output / paths.MANIFEST
+
+
+def is_report(job: "Job") -> bool:
+    """Whether the job's outputs are single files (below reports/), not a folder."""
+    return all(path.suffix for path in job.outputs)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A manifest, or None where there is none that this version understands."""
+    value = read_json(file)
+    if value is None or value.get("format") != FORMAT or not isinstance(value.get("files"), dict):
+        return None
+    return value
+
+
+def read_inputs(job: "Job") -> dict[str, Input]:
+    """The job's inputs by their manifests alone: quick, no data file is looked at. Raises when one is missing."""
+    found = {}
+    for name, where in job.inputs.items():
+        path = paths.root() / where
+        if path.is_file():
+            found[name] = Input(path, None, sha256_file(path))
+            continue
+        manifest = read(path / paths.MANIFEST)
+        if manifest is None:
+            state = "has no valid manifest.json" if path.exists() else "is missing"
+            raise PipelineError(f"{job.name}: input {where} {state}; make it with: {remedy(job, path, None)}")
+        found[name] = Input(path, manifest["run"], digest(path / paths.MANIFEST), manifest["name"])
+    return found
+
+
+def verify_inputs(job: "Job") -> dict[str, Input]:
+    """The job's inputs, after comparing every file with its manifest; raises a sentence naming the first bad file."""
+    found = read_inputs(job)
+    for item in found.values():
+        if item.run is None:
+            continue
+        manifest = read(item.path / paths.MANIFEST)
+        assert manifest is not None
+        for name, entry in manifest["files"].items():
+            fault = _fault(item.path / name, entry)
+            if fault:
+                file = paths.relative(item.path / name)
+                raise PipelineError(f"{file} {fault}; make it again with: {remedy(job, item.path, manifest)}")
+    return found
+
+
+def _fault(path: Path, entry: Mapping[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing, though the manifest beside it lists it"
+    if size != entry["bytes"]:
+        return f"has {size} bytes where its manifest says {entry['bytes']}"
+    if size <= HASH_BYTES and sha256_file(path) != entry["sha256"]:
+        return "has changed since it was made (its SHA-256 is not the manifest's)"
+    return None
+
+
+def remedy(job: "Job", path: Path, manifest: Mapping[str, Any] | None) -> str:
+    """The command that makes the output at `path`."""
+    if manifest is not None:
+        axes = "".join(f" {key}={value}" for key, value in manifest["axes"].items())
+        return f"python -m pipeline run {manifest['stage']} scale={manifest['scale']}{axes}"
+    producer = _producer(job, path)
+    return producer.command if producer is not None else "the stage that writes it (python -m pipeline plan)"
+
+
+def _producer(job: "Job", path: Path) -> "Job | None":
+    from pipeline import params, registry
+
+    for other in registry.jobs(params.load(paths.root() / params.PARAMS_FILE), job.scale):
+        if any(paths.root() / output == path for output in other.outputs):
+            return other
+    return None

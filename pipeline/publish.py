@@ -1,0 +1,129 @@
+"""From a job's working folder to its declared outputs, in steps that a kill can interrupt but not spoil.
+
+Light on purpose: the waiting process publishes too (a job that ended while nobody waited is published by the next who
+asks for it), and it must not import torch or MLflow.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import manifest, paths
+from pipeline.errors import PipelineError
+from pipeline.files import fsync_tree, read_json, write_json
+
+if TYPE_CHECKING:
+    from pipeline.registry import Job
+
+RESULT = "result.json"  # written last: where it is, `out/` is complete and on the disk
+
+
+def set_aside_if_stale(job: "Job", mark: str) -> None:
+    """Moves a working folder that belongs to other parameters or inputs out of the way, and says so."""
+    folder = paths.job_folder(job)
+    known = read_json(folder / "state.json")
+    if not folder.exists() or (known is not None and known.get("fingerprint") == mark):
+        return
+    old = str((known or {}).get("fingerprint") or "unknown")[:8]
+    aside = folder.with_name(f"{folder.name}.stale-{old}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    what = f"of {job.name} were made with other parameters or inputs ({old}, now {mark[:8]})"
+    print(f"warning: the checkpoints {what}: not resumed, set aside in {paths.relative(aside)}", file=sys.stderr)
+
+
+def staged(job: "Job", mark: str) -> bool:
+    """Whether a complete result with this fingerprint waits to be published."""
+    folder = paths.job_folder(job)
+    result = read_json(folder / RESULT)
+    return result is not None and result.get("fingerprint") == mark and (folder / "out" / paths.MANIFEST).is_file()
+
+
+def published(job: "Job", mark: str) -> bool:
+    """Whether the declared outputs exist and were made by this very job, parameters and inputs."""
+    if not all((paths.root() / output).exists() for output in job.outputs):
+        return False
+    made = manifest.read(manifest.path_of(job))
+    return made is not None and made.get("fingerprint") == mark
+
+
+def stage_result(job: "Job", made: dict[str, Any], record: dict[str, Any]) -> None:
+    """Completes `out/`: manifest, everything on the disk, then the pointer that says so."""
+    folder = paths.job_folder(job)
+    write_json(folder / "out" / paths.MANIFEST, made)
+    fsync_tree(folder / "out")
+    write_json(folder / RESULT, {"fingerprint": made["fingerprint"], "record": record}, durable=True)
+
+
+def publish(job: "Job") -> None:
+    """Moves the staged result to the declared outputs, writes the record and removes the working folder.
+
+    Can be repeated after a kill at any point: the staged result is there until it is at its place.
+    """
+    folder = paths.job_folder(job)
+    result = read_json(folder / RESULT)
+    if result is None:
+        raise PipelineError(f"{job.name}: there is no staged result to publish in {paths.relative(folder)}")
+    staging = folder / "out"
+    record = paths.record_file(job)
+    try:
+        if manifest.is_report(job):
+            # The manifest first: a kill in between leaves a report that is seen as not current, and is made again.
+            _copy_file(staging / paths.MANIFEST, paths.report_manifest(job))
+            for output in job.outputs:
+                _copy_file(staging / output.name, paths.root() / output)
+        else:
+            _move_folder(staging, paths.root() / job.outputs[0], folder / "replaced")
+        write_json(record, result["record"])
+        # The pointer goes first: a half-removed folder must not look like a staged result.
+        (folder / RESULT).unlink()
+    except OSError as error:
+        raise PipelineError(explain(error, f"{job.name}: cannot publish")) from error
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    # Copied, not moved: reports/ may be on another file system than runs/, and a second try needs the source.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, draft)
+        with draft.open("rb") as f:
+            os.fsync(f.fileno())
+        draft.replace(target)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _move_folder(source: Path, target: Path, old: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not source.exists() and target.exists():
+        return  # a kill came between the move and the record
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    elif target.exists():
+        # A folder cannot be replaced in one call: between these two there is no output, but never a mixture.
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    source.rename(target)
+    fd = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def explain(error: OSError, start: str) -> str:
+    """An operating system's error as one sentence with a remedy."""
+    import errno
+
+    where = f" {paths.relative(Path(os.fsdecode(error.filename)))}" if isinstance(error.filename, str | bytes) else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(paths.root()).free / 2**20
+        return f"{start}{where}: no space left ({free:.0f} MB free); free some, then run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{start}{where}: {error.strerror}; make it writable for this user, then run the same command again"
+    return f"{start}{where}: {error.strerror or error}"
