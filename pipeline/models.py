@@ -1,188 +1,46 @@
-"""The shape of params.yaml as frozen, validated models.
+"""The shape of params.yaml as frozen, validated models: sizes, slots, scales.
 
-Every number is required: params.yaml is where numbers live, so the models have no defaults for them. Types are strict
-(a quoted number is an error), except that an integer may stand for a float. The override sections of a size
-(`sizes.S.teacher`, `sizes.S.students.scd`) are merged over the slot's sections *before* validation, so that what the
-rest of the code sees is always complete and checked. `pipeline.params.load` reads a file into these models.
+The override sections of a size (`sizes.S.teacher`, `sizes.S.students.scd`) are merged over the slot's sections
+*before* validation, so that what the rest of the code sees is always complete and checked. `pipeline.params.load` reads
+a file into these models; the sections that they are made of are in `pipeline.sections`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from pipeline.errors import ParamsError, suggestion
+from pipeline.sections import (
+    ConsistencyTraining,
+    Dataset,
+    Evaluation,
+    Features,
+    Figure2,
+    Model,
+    Network,
+    Positive,
+    Seed,
+    TeacherTraining,
+    Vae,
+    problem,
+)
 
 VAE_DOWNSAMPLING = 4  # the VAE halves each side twice: 32×32 images to 8×8 latents
 SMALL_DOWNSAMPLING = 2  # the small network starts with one pixel-unshuffle
 
-# Integers stay exact in JSON (the fingerprints are hashes of JSON), hence the bound.
-Count = Annotated[int, Field(ge=1, le=2**53)]
-Index = Annotated[int, Field(ge=0, le=2**53)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-# YAML has lists where these models have tuples; the elements stay strict.
-Betas = Annotated[tuple[Probability, Probability], Strict(False)]
-GuidanceRange = Annotated[tuple[NonNegative, NonNegative], Strict(False)]
-
 # Names become folders, wildcards of Snakemake, stage names of DVC and words of a command line.
 ScaleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=32)]
 SizeName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=32)]
-SlotName = Literal["pixel_uncond", "pixel_cond", "latent_guided"]
-Method = Literal["sct", "scd"]
-
-
-def problem(key: str, sentence: str) -> PydanticCustomError:
-    """A cross-field error at `key` (dotted, relative to the model whose validator raises it)."""
-    return PydanticCustomError("cross_field", "{sentence}", {"at": key, "sentence": sentence})
-
-
-class Model(BaseModel):
-    """Base of all sections: frozen, strict, and without unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        # Before the fields are looked at: a mistyped key is better named than the key that it leaves missing.
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError("unknown_key", "unknown", {"at": key, "known": list(cls.model_fields)})
-        return data
-
-
-class Dataset(Model):
-    source: Literal["mnist5k"]
-    """Where the images come from."""
-    resolution: Count
-    """Side of the square images after padding, in pixels."""
-    channels: Count
-    """Image channels."""
-    labels: Index
-    """Number of classes; 0 for unlabelled data."""
-
-    @model_validator(mode="after")
-    def _fits_source(self) -> Dataset:
-        if self.channels != 1:
-            raise problem("channels", f"must be 1 for source mnist5k, got {self.channels}")
-        if self.labels not in (0, 10):
-            raise problem("labels", f"must be 10 (or 0: unlabelled) for source mnist5k, got {self.labels}")
-        if self.resolution < 28:
-            raise problem("resolution", f"must be at least 28 (images are padded, not cut), got {self.resolution}")
-        return self
-
-
-class BasicTraining(Model):
-    """Training of an auxiliary network (VAE, feature classifier)."""
-
-    iterations: Count
-    batch: Count
-    lr: Positive
-    """Peak learning rate."""
-    log_every: Count
-    checkpoint_every: Count
-
-
-class Vae(Model):
-    latent_channels: Count
-    width: Count
-    """Channels of the first level."""
-    kl_weight: NonNegative
-    """Weight of the KL term beside the mean squared error."""
-    training: BasicTraining
-
-
-class Features(Model):
-    dim: Count
-    """Width of the classifier's penultimate layer: the dimension of the FID space."""
-    training: BasicTraining
-
-
-class LinearDecay(Model):
-    rule: Literal["linear"]
-    start: Fraction
-    """Fraction of the iterations after which the learning rate falls."""
-    final: Fraction
-    """Learning rate at the end, as a fraction of `lr`."""
-
-
-class InverseSqrtDecay(Model):
-    rule: Literal["inverse_sqrt"]
-    t_ref: Count
-    """Iterations until the learning rate starts to fall as 1/√t (EDM2)."""
-
-
-Decay = Annotated[LinearDecay | InverseSqrtDecay, Field(discriminator="rule")]
-
-
-class Training(Model):
-    """What teacher and student training have in common."""
-
-    iterations: Count
-    batch: Count
-    lr: Positive
-    """Peak learning rate of Adam."""
-    betas: Betas
-    eps: Positive
-    ramp_up: Index
-    """Iterations of linear warm-up."""
-    decay: Decay
-    ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)]
-    """Relative width of the power-function EMA; 0.2887 would be the plain average (γ = 0)."""
-    P_mean: float
-    """Mean of ln σ of the proposal."""
-    P_std: Positive
-    """Standard deviation of ln σ of the proposal."""
-    dropout: Probability
-    logvar_lr: Positive
-    """Learning rate of the adaptive weighting head."""
-    log_every: Count
-    checkpoint_every: Count
-    sample_every: Count
-
-
-class TeacherTraining(Training):
-    label_dropout: Probability
-    """Probability of hiding the label, which trains the unconditional model that guidance needs."""
-
-
-class ConsistencyTraining(Training):
-    tangent_warmup: Index
-    """H: iterations over which the unstable part of the tangent is faded in."""
-    tangent_normalize: Literal["norm", "clip", "none"]
-    tangent_c: Positive
-    """c of the normalisation g/(‖g‖ + c)."""
-    guidance: GuidanceRange | None
-    """Range of the guidance scale s ~ U[low, high] of each sample; null: no guidance."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ConsistencyTraining:
-        if self.guidance and self.guidance[0] > self.guidance[1]:
-            raise problem("guidance", f"must be [low, high] with low ≤ high, got {list(self.guidance)}")
-        return self
-
-
-class SmallNetwork(Model):
-    architecture: Literal["small"]
-    """One level after a pixel-unshuffle, no attention."""
-    width: Count
-    """Channels."""
-    blocks: Count
-    """Residual blocks."""
-
-
-# A union with one member for now: further architectures become members, told apart by `architecture`.
-Network = SmallNetwork
+if TYPE_CHECKING:  # to the rest of the code these are words that come from the command line
+    SlotName = str
+    Method = str
+else:
+    SlotName = Literal["pixel_uncond", "pixel_cond", "latent_guided"]
+    Method = Literal["sct", "scd"]
 
 
 class Size(Model):
@@ -191,57 +49,6 @@ class Size(Model):
     network: Network
     teacher: TeacherTraining
     students: Mapping[Method, ConsistencyTraining]
-
-
-class TeacherSampling(Model):
-    solver: Literal["heun", "ddim"]
-    steps: Annotated[int, Field(ge=2, le=10_000)]
-    """Time steps n; Heun's method evaluates the network 2n − 1 times."""
-
-
-class Evaluation(Model):
-    samples: Count
-    """Samples of each reported number."""
-    select_samples: Count
-    """Samples of each point of the sweep that selects the best guidance."""
-    guidance: Annotated[tuple[NonNegative, ...], Strict(False), Field(min_length=1)]
-    """The grid of guidance scales, ascending; it holds 1 (no guidance), where unguided models are measured."""
-    select_seed: Index
-    """First sample index of the selecting set."""
-    report_seed: Index
-    """First sample index of the reported set."""
-    teacher: TeacherSampling
-    t_mid: Annotated[float, Field(gt=0, lt=math.pi / 2)]
-    """Time (radians) of the second step of consistency sampling."""
-    neighbours: Count
-    """k of precision and recall."""
-    batch: Count
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Evaluation:
-        if any(a >= b for a, b in pairwise(self.guidance)):
-            raise problem("guidance", f"must ascend without repetition, got {list(self.guidance)}")
-        if 1.0 not in self.guidance:
-            raise problem("guidance", f"must contain 1.0 (no guidance), got {list(self.guidance)}")
-        if self.select_samples > self.samples:
-            raise problem("select_samples", f"must be at most samples ({self.samples}), got {self.select_samples}")
-        if self.neighbours >= self.select_samples:
-            raise problem("neighbours", f"must be below select_samples ({self.select_samples}), got {self.neighbours}")
-        select_end, report_end = self.select_seed + self.select_samples, self.report_seed + self.samples
-        if self.select_seed < report_end and self.report_seed < select_end:
-            raise problem(
-                "report_seed",
-                f"its samples {self.report_seed}…{report_end - 1} overlap the selecting samples "
-                f"{self.select_seed}…{select_end - 1}, so move report_seed or select_seed",
-            )
-        return self
-
-
-class Figure2(Model):
-    labels: Annotated[tuple[Index, ...], Strict(False), Field(min_length=1)]
-    """One column of samples for each."""
-    seed: Index
-    """Sample index of the first column's noise."""
 
 
 class Slot(Model):
@@ -315,7 +122,7 @@ class Slot(Model):
 
     def student_for(self, size: str, method: str) -> ConsistencyTraining:
         """Student training of one size and method, its overrides merged in."""
-        return self.sizes[size].students[method]  # type: ignore[index]  # a KeyError is right for other words
+        return self.sizes[size].students[method]
 
 
 def _merge(name: Any, size: Any, base: Mapping[str, Any]) -> Any:
@@ -365,3 +172,9 @@ class Params(Model):
     def active(self) -> Scale:
         """The numbers of the active scale."""
         return self.scales[self.scale]
+
+    def with_scale(self, scale: str) -> Params:
+        """The same parameters with another scale active; `ParamsError` if there is no such scale."""
+        if scale not in self.scales:
+            raise ParamsError(f"scale={scale}: unknown scale; {suggestion(scale, self.scales, 'scales')}")
+        return self.model_copy(update={"scale": scale})

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import ParamsError, suggestion
-from pipeline.models import (
+from pipeline.models import Params, Scale, Size, Slot
+from pipeline.sections import (
     BasicTraining,
     ConsistencyTraining,
     Dataset,
@@ -26,10 +28,6 @@ from pipeline.models import (
     InverseSqrtDecay,
     LinearDecay,
     Network,
-    Params,
-    Scale,
-    Size,
-    Slot,
     SmallNetwork,
     TeacherSampling,
     TeacherTraining,
@@ -77,10 +75,10 @@ def load(path: str | Path = PARAMS_FILE, scale: str | None = None) -> Params:
         params = Params.model_validate(data)
     except ValidationError as error:
         raise ParamsError(f"{path.name}: {_sentence(error, data)}") from None
-    for name, origin in ((params.scale, f"{path.name}: scale"), (scale, "scale")):
-        if name is not None and name not in params.scales:
-            raise ParamsError(f"{origin}: unknown scale {_got(name)}; {suggestion(name, params.scales, 'scales')}")
-    return params if scale is None else params.model_copy(update={"scale": scale})
+    if params.scale not in params.scales:
+        end = suggestion(params.scale, params.scales, "scales")
+        raise ParamsError(f"{path.name}: scale: unknown scale {_got(params.scale)}; {end}")
+    return params if scale is None else params.with_scale(scale)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 class _Yaml12(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2's core schema and without repeated keys."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -125,8 +123,6 @@ class _Yaml12(yaml.SafeLoader):
 
 
 def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:
-    import re
-
     _Yaml12.add_implicit_resolver(tag, re.compile(pattern), list(first))
     _Yaml12.add_constructor(tag, lambda loader, node: convert(loader.construct_scalar(node)))
 

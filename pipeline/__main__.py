@@ -1,0 +1,126 @@
+"""The command line: `python -m pipeline COMMAND …`, the one entry point of both engines and of people.
+
+Modules of a command are imported when it runs: a waiting `run` process has to stay small (no torch, no MLflow).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pipeline.errors import PipelineError, RegistryError, suggestion
+
+# Commands that take their arguments themselves: `pipeline.<name>.main(argv) -> int`.
+MODULES = {
+    "plan": "jobs that are left to do, with estimated time and disk",
+    "status": "what is done, running, waiting",
+    "trace": "the chain of runs, commits and digests behind a row of a table",
+    "doctor": "check the installation and say what is missing",
+    "watch": "run a command and show the progress of the jobs that it starts",
+    "sync": "make what one engine has made known to the other (DVC, Snakemake)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PipelineError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (2 and one sentence on stderr for what the user can mend)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`… | head`): nothing is left to say, not even at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "schema": _schema, "dvc": _dvc}
+    parser = Parser(prog="python -m pipeline", description="The sCM reproduction as a pipeline.")
+    rows = {
+        "run": "run one job: STAGE axis=value …",
+        **MODULES,
+        "schema": "print the JSON schema of params.yaml",
+        "dvc": "print dvc.yaml as generated from the registry",
+    }
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=argparse.SUPPRESS)
+    parser.epilog = "commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in rows.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s COMMAND …"
+    command = parser.parse_args(arguments[:1]).command
+    if command is None:
+        parser.print_help()
+        return 2
+    if command in MODULES:
+        result: int = importlib.import_module(f"pipeline.{command}").main(arguments[1:])
+        return result
+    if command not in commands:
+        raise PipelineError(f"{command}: unknown command; {suggestion(command, rows, 'commands')}")
+    return commands[command](arguments[1:])
+
+
+def axis_values(words: Sequence[str]) -> dict[str, str]:
+    """The `axis=value` words of a command line as a dictionary."""
+    axes: dict[str, str] = {}
+    for word in words:
+        axis, equals, value = word.partition("=")
+        if not (axis and equals and value):
+            raise RegistryError(f"{word}: not of the form axis=value; write for example size=S")
+        if axis in axes:
+            raise RegistryError(f"{axis}: is given twice ({axis}={axes[axis]} and {word}); give it once")
+        axes[axis] = value
+    return axes
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(prog="python -m pipeline run", description="Run one job and publish its output.")
+    parser.add_argument("stage", metavar="STAGE")
+    parser.add_argument("axes", metavar="axis=value", nargs="*", help="scale (default: that of params.yaml) and axes")
+    parser.add_argument("--launcher", help="inline, local or slurm (default: $SCM_LAUNCHER, else inline)")
+    options = parser.parse_intermixed_args(argv)
+    from pipeline import launch, paths, registry
+    from pipeline.params import PARAMS_FILE, load
+
+    registry.stage_named(options.stage)
+    axes = axis_values(options.axes)
+    params = load(paths.root() / PARAMS_FILE, axes.pop("scale", None))
+    job = registry.find(params, options.stage, axes)
+    return launch.run(job, params, options.launcher or os.environ.get("SCM_LAUNCHER") or "inline")
+
+
+def _schema(argv: list[str]) -> int:
+    Parser(prog="python -m pipeline schema", description="Print the JSON schema of params.yaml.").parse_args(argv)
+    import json
+
+    from pipeline.params import schema
+
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _dvc(argv: list[str]) -> int:
+    Parser(prog="python -m pipeline dvc", description="Print dvc.yaml as generated from the registry.").parse_args(argv)
+    from pipeline import paths
+    from pipeline.dvcfile import generate
+    from pipeline.params import PARAMS_FILE, load
+
+    print(generate(load(paths.root() / PARAMS_FILE)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

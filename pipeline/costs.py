@@ -1,0 +1,125 @@
+"""What each kind of job needs: threads, memory, a time limit, and an estimate of its time and disk.
+
+The estimates count multiplications and scale measurements of the demo on one CPU thread; `python -m pipeline plan`
+prefers the times of finished runs. On a cluster the profile's `set-resources` replaces the limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.params import Slot
+from pipeline.sections import BasicTraining, SmallNetwork, Training
+
+START = 6.0  # seconds to start Python with torch and MLflow
+# Seconds per image, per (width² · blocks) of the small network, of one teacher iteration.
+TEACHER = 280 / (3500 * 64 * 64**2 * 5)
+FORWARD = TEACHER / 3  # a backward pass costs two forward passes
+SCT, SCD, SCD_GUIDED = 1.30, 1.68, 1.89  # teacher iterations per student iteration
+VAE = 70 / (1200 * 64 * 24**2)  # per image and width², an iteration of 32×32
+FEATURES = 40 / (600 * 64)  # per image
+IMAGES = 5000  # of the demo's dataset
+MB = 1024**2
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job may use, and what it is expected to use."""
+
+    threads: int
+    memory_mb: int
+    gpus: int
+    minutes: int
+    """Time limit."""
+    seconds: float
+    """Expected time."""
+    bytes: int
+    """Expected size of the output."""
+
+
+def _resources(seconds: float, bytes: float, memory_mb: int = 3000) -> Resources:
+    # One thread: two small runs at once beat one run on two threads. A limit far above the expectation, and above ten
+    # minutes in any case: SLURM takes a preemption within the last ten for a time-out.
+    minutes = max(30, math.ceil(4 * (START + seconds) / 60))
+    return Resources(1, memory_mb, 0, minutes, round(START + seconds, 1), int(bytes))
+
+
+def _weights(network: SmallNetwork) -> float:
+    """Bytes of the network in float32: two 3×3 convolutions and the embedding's parts in each block."""
+    return 4 * 28 * network.width**2 * network.blocks
+
+
+def _unit(network: SmallNetwork) -> float:
+    return network.width**2 * network.blocks
+
+
+def _images(training: Training | BasicTraining) -> int:
+    return training.iterations * training.batch
+
+
+def dataset(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Reading and padding the images."""
+    return _resources(5, IMAGES * slot.dataset.resolution**2 * slot.dataset.channels)
+
+
+def vae(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Training the VAE."""
+    assert slot.vae is not None
+    area = (slot.dataset.resolution / 32) ** 2
+    return _resources(VAE * _images(slot.vae.training) * slot.vae.width**2 * area, 4 * 300 * slot.vae.width**2)
+
+
+def latents(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Encoding every image."""
+    assert slot.vae is not None
+    return _resources(5, IMAGES * 8 * slot.vae.latent_channels * (slot.dataset.resolution // 4) ** 2)
+
+
+def features(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Training the feature network."""
+    return _resources(FEATURES * _images(slot.features.training), 1 * MB)
+
+
+def reference(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Features of every image."""
+    return _resources(5, IMAGES * slot.features.dim * 4)
+
+
+def teacher(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Training a teacher."""
+    network, training = slot.sizes[axes["size"]].network, slot.teacher_for(axes["size"])
+    return _resources(TEACHER * _images(training) * _unit(network), 2 * _weights(network))
+
+
+def student(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Training a student."""
+    network, training = slot.sizes[axes["size"]].network, slot.student_for(axes["size"], axes["method"])
+    factor = SCT if axes["method"] == "sct" else SCD_GUIDED if training.guidance else SCD
+    return _resources(factor * TEACHER * _images(training) * _unit(network), 2 * _weights(network))
+
+
+def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Sampling the guidance sweep and the reported set."""
+    plan, method = slot.evaluation, axes["method"]
+    if method == "teacher":
+        guided = any(scale != 1 for scale in plan.guidance)
+        steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
+        forwards, points, reported = steps * (2 if guided else 1), len(plan.guidance), 2
+    else:
+        unguided = slot.student_for(axes["size"], method).guidance is None
+        forwards, points, reported = 3, 1 if unguided else len(plan.guidance), 1
+    images = points * plan.select_samples + reported * plan.samples
+    seconds = FORWARD * _unit(slot.sizes[axes["size"]].network) * forwards * images + 2e-3 * images
+    return _resources(seconds, 1 * MB)
+
+
+def report(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Writing a table."""
+    return _resources(1, 64 * 1024)
+
+
+def figure(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Sampling and drawing a figure."""
+    return _resources(10, 1 * MB)

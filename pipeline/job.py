@@ -1,0 +1,120 @@
+"""What a stage and a job are: a `Stage` at one `Point` of its axes is a `Job`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from pipeline.costs import Resources
+from pipeline.params import Params, Slot
+
+REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
+REPORTS = Path("reports")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work of one scale: a stage at one point of its axes. Paths are relative to the repository."""
+
+    scale: str
+    stage: str
+    axes: Mapping[str, str]
+    inputs: Mapping[str, Path]
+    """Name to the folder that another job publishes; the first one is the primary input."""
+    outputs: tuple[Path, ...]
+    """One folder, or the files in reports/ of a report stage."""
+    params: tuple[str, ...]
+    """Dotted keys of params.yaml, from the top."""
+    sources: tuple[Path, ...]
+    """Files of the repository whose change runs the job again."""
+    resources: Resources
+
+    @property
+    def name(self) -> str:
+        """Stage and axis values, such as student-latent_guided-M-scd; unique within a scale."""
+        return "-".join((self.stage, *self.axes.values()))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What follows `python -m pipeline run`."""
+        return (self.stage, f"scale={self.scale}", *(f"{axis}={value}" for axis, value in self.axes.items()))
+
+    @property
+    def command(self) -> str:
+        """The command line that runs the job, the same for both engines."""
+        return " ".join(("python", "-m", "pipeline", "run", *self.arguments))
+
+    @property
+    def is_report(self) -> bool:
+        """Whether the outputs are files in reports/, not a folder of the scale."""
+        return self.outputs[0].parent == REPORTS
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a stage is expanded: the scale and, unless it is a report, the slot and the rest of the axes."""
+
+    params: Params
+    axes: Mapping[str, str]
+
+    @property
+    def slot(self) -> Slot:
+        return self.params.active.slots[self.axes.get("slot", REPORT_SLOT)]
+
+    def folder(self, stage: str, *rest: str) -> Path:
+        """The published folder of a stage of the same slot."""
+        return Path("runs", self.params.scale, self.axes.get("slot", REPORT_SLOT), stage, *rest)
+
+    def data(self) -> dict[str, Path]:
+        """What networks are trained on: latents, or the images of a pixel slot."""
+        name = "latents" if self.slot.vae else "dataset"
+        return {name: self.folder(name)}
+
+    def vae(self) -> dict[str, Path]:
+        """The decoder, where there is one."""
+        return {"vae": self.folder("vae")} if self.slot.vae else {}
+
+    def model(self, size: str, method: str) -> dict[str, Path]:
+        """The network that a method makes."""
+        if method == "teacher":
+            return {"teacher": self.folder("teacher", size)}
+        return {"student": self.folder("student", size, method)}
+
+
+Axes = Iterator[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all jobs of a stage have in common."""
+
+    name: str
+    axes: tuple[str, ...]
+    expand: Callable[[Params], Axes]
+    """Every point of the axes, for a scale."""
+    inputs: Callable[[Point], dict[str, Path]]
+    params: Callable[[Point], tuple[str, ...]]
+    """Keys below `scales.<scale>`; those that start with a dot are below the slot."""
+    cost: Callable[[Slot, Mapping[str, str]], Resources]
+    reports: tuple[Path, ...] = ()
+    reads: tuple[Path, ...] = ()
+    """Files of the repository that it reads beside its own source."""
+
+    def job(self, params: Params, axes: Mapping[str, str]) -> Job:
+        """The job at one point of the axes."""
+        point = Point(params, axes)
+        prefix = f"scales.{params.scale}"
+        slot = f"{prefix}.slots.{axes.get('slot', REPORT_SLOT)}"
+        rest = [value for axis, value in axes.items() if axis != "slot"]
+        return Job(
+            scale=params.scale,
+            stage=self.name,
+            axes=MappingProxyType(dict(axes)),
+            inputs=MappingProxyType(self.inputs(point)),
+            outputs=self.reports or (point.folder(self.name, *rest),),
+            params=tuple(f"{slot}{key}" if key.startswith(".") else f"{prefix}.{key}" for key in self.params(point)),
+            sources=(Path("pipeline", "stages", f"{self.name}.py"), *self.reads),
+            resources=self.cost(point.slot, axes),
+        )

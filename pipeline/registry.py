@@ -1,0 +1,247 @@
+"""Every stage of the pipeline, declared once; both engines and the command line read it here.
+
+A `Stage` expanded over its axes (slot, size, method) gives `Job`s. `jobs(params)` lists a scale's jobs in topological
+order, `find(...)` looks one up, `settings(job, params)` gives the numbers it depends on.
+
+What makes a job run again, in both engines:
+
+- its inputs (outputs of other jobs), by content;
+- its `params`: sections of params.yaml, so that editing one number reruns exactly what it influences. What an input
+  already depends on is not listed again: the input changes with it;
+- its `sources`: the stage's own short file, which says what the stage does, and data files that it reads from the
+  repository. Library modules are not listed: neither engine can tell a comment from a change of meaning, and a comment
+  in `scm_core` must not retrain a teacher. After changing what library code computes, force the stages concerned:
+  `snakemake --forcerun STAGE` or `dvc repro --force NAME`.
+
+This module stays cheap to import (standard library and the validated parameters): a process that waits imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline import costs
+from pipeline.costs import Resources
+from pipeline.errors import RegistryError, suggestion
+from pipeline.job import REPORT_SLOT, REPORTS, Axes, Job, Point, Stage
+from pipeline.params import Params
+
+__all__ = ["STAGES", "Job", "Resources", "Stage", "find", "jobs", "parents", "settings"]
+
+
+def _slots(params: Params) -> Axes:
+    return ({"slot": name} for name in params.active.slots)
+
+
+def _latent_slots(params: Params) -> Axes:
+    return ({"slot": name} for name, slot in params.active.slots.items() if slot.vae)
+
+
+def _sizes(params: Params) -> Axes:
+    return ({"slot": name, "size": size} for name, slot in params.active.slots.items() for size in slot.sizes)
+
+
+def _students(params: Params) -> Axes:
+    slots = params.active.slots
+    return ({**axes, "method": method} for axes in _sizes(params) for method in slots[axes["slot"]].students)
+
+
+def _models(params: Params) -> Axes:
+    for axes in _sizes(params):
+        for method in ("teacher", *params.active.slots[axes["slot"]].students):
+            yield {**axes, "method": method}
+
+
+def _table2(params: Params) -> Axes:
+    return iter([{}] if REPORT_SLOT in params.active.slots else [])
+
+
+def _figure2(params: Params) -> Axes:
+    slot = params.active.slots.get(REPORT_SLOT)
+    return iter([{}] if slot and slot.figure2 else [])
+
+
+def _evaluations(point: Point) -> dict[str, Path]:
+    """Every evaluation of a report's slot, as evaluate-<size>-<method>."""
+    return {
+        f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
+        for size in point.slot.sizes
+        for method in ("teacher", *point.slot.students)
+    }
+
+
+def _figure2_inputs(point: Point) -> dict[str, Path]:
+    """Every network of the slot, as teacher-<size> or student-<size>-<method>, the decoder, the evaluations."""
+    inputs: dict[str, Path] = {}
+    for size in point.slot.sizes:
+        inputs[f"teacher-{size}"] = point.folder("teacher", size)
+        inputs |= {f"student-{size}-{method}": point.folder("student", size, method) for method in point.slot.students}
+    return {**inputs, **point.vae(), **_evaluations(point)}
+
+
+def _network_keys(point: Point, section: str) -> tuple[str, ...]:
+    size = f".sizes.{point.axes['size']}"
+    return ("seed", ".sigma_data", f".{section}", f"{size}.network", f"{size}.{section}")
+
+
+# In topological order.
+STAGES: Mapping[str, Stage] = MappingProxyType(
+    {
+        stage.name: stage
+        for stage in (
+            Stage("dataset", ("slot",), _slots, lambda p: {}, lambda p: (".dataset",), costs.dataset),
+            Stage(
+                "vae",
+                ("slot",),
+                _latent_slots,
+                inputs=lambda p: {"dataset": p.folder("dataset")},
+                params=lambda p: ("seed", ".vae"),
+                cost=costs.vae,
+            ),
+            Stage(
+                "latents",
+                ("slot",),
+                _latent_slots,
+                inputs=lambda p: {"dataset": p.folder("dataset"), "vae": p.folder("vae")},
+                params=lambda p: ("seed", ".sigma_data"),
+                cost=costs.latents,
+            ),
+            Stage(
+                "features",
+                ("slot",),
+                _slots,
+                inputs=lambda p: {"dataset": p.folder("dataset")},
+                params=lambda p: ("seed", ".features"),
+                cost=costs.features,
+            ),
+            Stage(
+                "reference",
+                ("slot",),
+                _slots,
+                inputs=lambda p: {"dataset": p.folder("dataset"), "features": p.folder("features")},
+                params=lambda p: (),
+                cost=costs.reference,
+            ),
+            Stage(
+                "teacher",
+                ("slot", "size"),
+                _sizes,
+                inputs=lambda p: {**p.data()},
+                params=lambda p: _network_keys(p, "teacher"),
+                cost=costs.teacher,
+            ),
+            Stage(
+                "student",
+                ("slot", "size", "method"),
+                _students,
+                inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data()},
+                params=lambda p: _network_keys(p, f"students.{p.axes['method']}"),
+                cost=costs.student,
+            ),
+            Stage(
+                "evaluate",
+                ("slot", "size", "method"),
+                _models,
+                inputs=lambda p: {
+                    **p.model(p.axes["size"], p.axes["method"]),
+                    **p.vae(),
+                    "features": p.folder("features"),
+                    "reference": p.folder("reference"),
+                },
+                params=lambda p: (".sigma_data", ".evaluation"),
+                cost=costs.evaluate,
+            ),
+            Stage(
+                "table2",
+                (),
+                _table2,
+                inputs=_evaluations,
+                params=lambda p: (".dataset", ".evaluation"),
+                cost=costs.report,
+                reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
+                reads=(REPORTS / "paper" / "table2.csv",),
+            ),
+            Stage(
+                "figure2",
+                (),
+                _figure2,
+                inputs=_figure2_inputs,
+                params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
+                cost=costs.figure,
+                reports=(REPORTS / "figure2.png",),
+            ),
+        )
+    }
+)
+
+
+def jobs(params: Params, scale: str | None = None) -> list[Job]:
+    """All jobs of a scale (default: the active one), every job after those whose outputs it reads."""
+    if scale is not None:
+        params = params.with_scale(scale)
+    return [stage.job(params, axes) for stage in STAGES.values() for axes in stage.expand(params)]
+
+
+def parents(job: Job, among: Iterable[Job]) -> list[Job]:
+    """The jobs of `among` whose outputs `job` reads, in the order of its inputs."""
+    makers = {output: maker for maker in among for output in maker.outputs}
+    return list({maker.name: maker for path in job.inputs.values() if (maker := makers.get(path))}.values())
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name, or `RegistryError`."""
+    if name not in STAGES:
+        raise RegistryError(f"{name}: unknown stage; {suggestion(name, STAGES, 'stages')}")
+    return STAGES[name]
+
+
+def find(params: Params, stage: str, axes: Mapping[str, str]) -> Job:
+    """The job of the active scale at one point of a stage's axes; `RegistryError` says what does not exist."""
+    declared = stage_named(stage)
+    for axis in axes:
+        if axis not in declared.axes:
+            known = suggestion(axis, declared.axes, "axes") if declared.axes else "it has no axes"
+            raise RegistryError(f"{axis}={axes[axis]}: stage {stage} has no axis {axis}; {known}")
+    points = list(declared.expand(params))
+    if not points:
+        raise RegistryError(f"{stage}: scale {params.scale} has nothing for this stage; choose another scale or stage")
+    for axis in declared.axes:
+        values = list(dict.fromkeys(point[axis] for point in points))
+        if axis not in axes:
+            raise RegistryError(f"{axis}: stage {stage} needs this axis; add {axis}=… ({' or '.join(values)})")
+        if axes[axis] not in values:
+            end = suggestion(axes[axis], values, "values")
+            raise RegistryError(f"{axis}={axes[axis]}: unknown {axis} for {stage} at scale {params.scale}; {end}")
+        # The axes are checked one after the other, so that a size is looked for in the slot that was named.
+        points = [point for point in points if point[axis] == axes[axis]]
+    return declared.job(params, points[0])
+
+
+def settings(job: Job, params: Params) -> dict[str, Any]:
+    """The resolved values behind `job.params`, by dotted key below the scale; plain JSON types.
+
+    A size's own section holds the slot's section with the size's changes laid over it, so the slot's section is left
+    out: a number that a size replaces does not matter to that size.
+    """
+    prefix = f"scales.{job.scale}."
+    keys = [key.removeprefix(prefix) for key in job.params]
+    size = job.axes.get("size")
+    merged = {key.replace(f".sizes.{size}.", ".") for key in keys if f".sizes.{size}." in key}
+    scale = params.scales[job.scale]
+    return {key: _plain(_value(scale, key)) for key in keys if key not in merged}
+
+
+def _value(scale: BaseModel, key: str) -> Any:
+    value: Any = scale
+    for part in key.split("."):
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
