@@ -41,7 +41,9 @@ class LatentStore:
         if self.channel_mean.shape != channels or self.channel_std.shape != channels:
             raise ValueError(f"latents {self.name}: channel_mean and channel_std must have shape {tuple(channels)}")
         if not bool((torch.isfinite(self.channel_std) & (self.channel_std > 0)).all()):
-            raise ValueError(f"latents {self.name}: channel_std must be finite and > 0, got {self.channel_std.tolist()}")
+            raise ValueError(
+                f"latents {self.name}: channel_std must be finite and > 0, got {self.channel_std.tolist()}"
+            )
         if not self.sigma_data > 0:
             raise ValueError(f"latents {self.name}: sigma_data must be > 0, got {self.sigma_data}")
 
@@ -116,9 +118,7 @@ def encode_images(
 
 def save_latents(store: LatentStore, folder: str | Path) -> None:
     """Write a latent store to `folder` as .npy arrays with index.json."""
-    arrays = {
-        name: getattr(store, name).numpy() for name in ("mean", "std", "labels", "channel_mean", "channel_std")
-    }
+    arrays = {name: getattr(store, name).numpy() for name in ("mean", "std", "labels", "channel_mean", "channel_std")}
     save_arrays(folder, KIND, arrays, {"name": store.name, "sigma_data": store.sigma_data})
 
 
@@ -127,6 +127,8 @@ def load_latents(folder: str | Path, verify: bool = True) -> LatentStore:
     arrays, meta = load_arrays(folder, KIND, verify)
     missing = {"mean", "std", "labels", "channel_mean", "channel_std"} - set(arrays)
     if missing or not {"name", "sigma_data"} <= set(meta):
-        raise ValueError(f"{folder}: its index.json is incomplete for latents (missing {sorted(missing)}): make it again")
+        raise ValueError(
+            f"{folder}: its index.json is incomplete for latents (missing {sorted(missing)}): make it again"
+        )
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return LatentStore(**tensors, sigma_data=meta["sigma_data"], name=meta["name"])

@@ -1,0 +1,130 @@
+"""The demo's feature network: a small classifier whose 64 penultimate features, standardised, are the space of its FID."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scm_core.data.images import from_uint8
+
+FORMAT = "scm-classifier-1"
+
+
+class ClassifierTerms(NamedTuple):
+    """Cross-entropy in nats and accuracy in [0, 1] of one batch, scalar tensors."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+class Classifier(nn.Module):
+    """Convolutional classifier of images (B, channels, resolution, resolution) in [−1, 1]; `resolution` a multiple of 8.
+
+    Its features are the last hidden layer *before* its activation: smooth, unbounded, no unit of it can die.
+    `feature_mean`, `feature_std` (dim,) standardise them; they are 0 and 1 until `fit_standardization` measures them.
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(
+        self, channels: int = 1, labels: int = 10, dim: int = 64, resolution: int = 32, width: int = 24
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("labels", labels), ("dim", dim), ("width", width)):
+            if value < 1:
+                raise ValueError(f"Classifier: {name} must be ≥ 1, got {value}")
+        if resolution < 8 or resolution % 8:
+            raise ValueError(f"Classifier: resolution must be a multiple of 8, got {resolution}")
+        self.config = {
+            "channels": channels,
+            "labels": labels,
+            "dim": dim,
+            "resolution": resolution,
+            "width": width,
+        }
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(2 * width * (resolution // 8) ** 2, dim),
+        )
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(dim, labels))
+        self.register_buffer("feature_mean", torch.zeros(dim))
+        self.register_buffer("feature_std", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, labels) of images x in [−1, 1]."""
+        return self.head(self.body(self._checked(x)))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the standardised features (B, dim) of images x in [−1, 1]."""
+        return (self.body(self._checked(x)) - self.feature_mean) / self.feature_std
+
+    def _checked(self, x: Tensor) -> Tensor:
+        expected = (self.config["channels"], self.config["resolution"], self.config["resolution"])
+        if x.shape[1:] != expected:
+            raise ValueError(f"Classifier: images must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        return x
+
+
+def classifier_loss(logits: Tensor, labels: Tensor) -> ClassifierTerms:
+    """Return cross-entropy and accuracy of logits (B, labels) against labels (B,) int64."""
+    accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
+    return ClassifierTerms(loss=F.cross_entropy(logits, labels), accuracy=accuracy)
+
+
+@torch.no_grad()
+def fit_standardization(classifier: Classifier, images: Tensor, batch: int = 500) -> None:
+    """Measure the features' mean and standard deviation over uint8 `images` (N, C, H, W) and freeze them into the buffers.
+
+    Raises `ValueError` if a feature does not vary: it would divide by zero and means that training went wrong.
+    """
+    raw = torch.cat([classifier.body(from_uint8(chunk)).double() for chunk in images.split(batch)])
+    std = raw.std(dim=0)
+    if not bool((torch.isfinite(std) & (std > 0)).all()):
+        dead = torch.nonzero(~(std > 0)).flatten().tolist()
+        raise ValueError(f"features without variance over the {len(images)} images: {dead}; train the classifier again")
+    classifier.feature_mean.copy_(raw.mean(dim=0))
+    classifier.feature_std.copy_(std)
+
+
+def save_classifier(classifier: Classifier, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
+    """Write weights, standardisation, configuration and `info` (JSON values: data set, accuracy, …) to one safetensors file."""
+    metadata = {"format": FORMAT, "config": json.dumps(classifier.config), "info": json.dumps(dict(info or {}))}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in classifier.state_dict().items()}
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Return the classifier in a file of `save_classifier`; `FileNotFoundError` or `ValueError` for a missing or wrong file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: make the classifier's weights first")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): make it again") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} does not hold a classifier of format {FORMAT}")
+    try:
+        classifier = Classifier(**json.loads(metadata["config"]))
+        classifier.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit its own configuration ({error}): make it again") from error
+    return classifier.eval()

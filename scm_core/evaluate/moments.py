@@ -1,0 +1,95 @@
+"""Mean and covariance of features that arrive in batches or shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def checked_features(features: Tensor, dim: int | None = None, what: str = "features") -> Tensor:
+    """Return `features` as float64; `ValueError` unless they are finite, floating point and of shape (N, D), D = `dim` if given."""
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(
+            f"{what} must be floating point of shape (N, D), got {features.dtype} of shape {tuple(features.shape)}"
+        )
+    if dim is not None and features.shape[1] != dim:
+        raise ValueError(f"{what} must have {dim} dimensions, got {features.shape[1]}")
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"{what} hold NaN or infinite values")
+    return features.detach().double()
+
+
+class Moments:
+    """Running mean and unbiased covariance in float64, of features (N, dim).
+
+    Keeps count, mean and the scatter matrix around the mean, combined pairwise (Chan, Golub & LeVeque 1983), so that
+    batches or shards merge without cancellation, in any order, to rounding.
+    """
+
+    def __init__(self, dim: int) -> None:
+        if dim < 1:
+            raise ValueError(f"Moments: dim must be ≥ 1, got {dim}")
+        self.dim = dim
+        self.count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Return the moments of features (N, D)."""
+        moments = cls(features.shape[-1])
+        moments.update(features)
+        return moments
+
+    @classmethod
+    def given(cls, mean: Tensor, cov: Tensor, count: int) -> Moments:
+        """Return moments with known `mean` (D,), unbiased `cov` (D, D) and `count` ≥ 2 samples behind them."""
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"Moments: mean (D,) and cov (D, D) disagree: {tuple(mean.shape)}, {tuple(cov.shape)}")
+        if count < 2:
+            raise ValueError(f"Moments: count must be ≥ 2, got {count}")
+        moments = cls(len(mean))
+        moments.count, moments._mean = count, mean.double().clone()
+        moments._scatter = cov.double() * (count - 1)
+        return moments
+
+    def update(self, features: Tensor) -> None:
+        """Add features (N, dim); N may be 0. `ValueError` for another width or values that are not finite."""
+        batch = checked_features(features, self.dim).cpu()
+        if len(batch) == 0:
+            return
+        mean = batch.mean(dim=0)
+        centred = batch - mean
+        self._combine(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both sets together; neither operand changes."""
+        if other.dim != self.dim:
+            raise ValueError(f"Moments: cannot merge {other.dim} dimensions into {self.dim}")
+        merged = Moments(self.dim)
+        for part in (self, other):
+            merged._combine(part.count, part._mean, part._scatter)
+        return merged
+
+    def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        delta = mean - self._mean
+        self._mean = self._mean + delta * (count / total)
+        self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean (dim,), float64; `ValueError` without samples."""
+        if self.count < 1:
+            raise ValueError("Moments: no samples yet, there is no mean")
+        return self._mean.clone()
+
+    @property
+    def cov(self) -> Tensor:
+        """Unbiased covariance (dim, dim), float64, scatter/(count − 1); `ValueError` below two samples."""
+        if self.count < 2:
+            raise ValueError(f"Moments: a covariance needs two samples, got {self.count}")
+        return self._scatter / (self.count - 1)
