@@ -33,7 +33,8 @@ class ResidualBlock(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images (B, channels, H, W) in [−1, 1] ↔ latents (B, latent_channels, H/4, W/4), Gaussian posterior per element; H, W multiples of 4.
+    """Images (B, channels, H, W) in [−1, 1] ↔ latents (B, latent_channels, H/4, W/4), Gaussian posterior per element;
+    H, W multiples of 4.
 
     Space-to-depth replaces convolutions at full resolution, where a CPU would spend most of its time.
     """
@@ -79,20 +80,26 @@ class VAE(nn.Module):
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return images (B, channels, H, W), about [−1, 1] and not clipped, for latents z of shape (B, latent_channels, H/4, W/4)."""
+        """Return images (B, channels, H, W), about [−1, 1] and not clipped, for latents z of shape (B, latent_channels,
+        H/4, W/4).
+        """
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(f"VAE: latents must be (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
         return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (reconstruction, mean, logvar) with z = mean + exp(logvar/2)·ε drawn from the posterior by `generator`."""
+        """Return (reconstruction, mean, logvar) with z = mean + exp(logvar/2)·ε drawn from the posterior by
+        `generator`.
+        """
         mean, logvar = self.encode(x)
         eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return self.decode(mean + (logvar / 2).exp() * eps), mean, logvar
 
 
 def vae_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> VaeTerms:
-    """Return the β-VAE objective (Higgins et al. 2017): mean squared error per pixel plus `kl_weight` times KL(q ‖ N(0, 1)) in nats per latent element."""
+    """Return the β-VAE objective (Higgins et al. 2017): mean squared error per pixel plus `kl_weight` times KL(q ‖ N(0,
+    1)) in nats per latent element.
+    """
     if kl_weight < 0:
         raise ValueError(f"kl_weight must be ≥ 0, got {kl_weight}")
     mse = F.mse_loss(reconstruction, x)

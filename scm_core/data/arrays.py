@@ -21,7 +21,9 @@ def file_digest(path: Path) -> str:
 
 
 def save_arrays(folder: str | Path, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Write each array to `folder`/<name>.npy and, last, `index.json` with `kind`, `meta` (JSON values), shapes, sizes and digests."""
+    """Write each array to `folder`/<name>.npy and, last, `index.json` with `kind`, `meta` (JSON values), shapes, sizes
+    and digests.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {}
@@ -44,7 +46,8 @@ def load_arrays(folder: str | Path, kind: str, verify: bool = True) -> tuple[dic
     """Return (arrays, meta) of a folder written by `save_arrays`, memory-mapped copy-on-write.
 
     `verify` reads every file once to compare its digest; sizes, dtypes and shapes are compared always. Raises
-    `FileNotFoundError` for a missing folder or file and `ValueError` for one that is truncated, changed or of another kind.
+    `FileNotFoundError` for a missing folder or file and `ValueError` for one that is truncated, changed or of another
+    kind.
     """
     folder = Path(folder)
     index = _read_index(folder, kind)
@@ -55,7 +58,8 @@ def load_arrays(folder: str | Path, kind: str, verify: bool = True) -> tuple[dic
             raise FileNotFoundError(f"{path} is missing: make {folder} again")
         if path.stat().st_size != entry["bytes"]:
             raise ValueError(
-                f"{path} is truncated or changed ({path.stat().st_size} bytes, {entry['bytes']} expected): make it again"
+                f"{path} is truncated or changed ({path.stat().st_size} bytes, {entry['bytes']} expected): "
+                f"make {folder} again"
             )
         if verify and file_digest(path) != entry["sha256"]:
             raise ValueError(f"{path} is corrupt (its SHA-256 differs from {INDEX}'s): make {folder} again")

@@ -21,7 +21,8 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Map float images, nominally in [−1, 1], to the nearest uint8 pixels; values outside are clipped, NaN raises `ValueError`.
+    """Map float images, nominally in [−1, 1], to the nearest uint8 pixels; values outside are clipped, NaN raises
+    `ValueError`.
 
     Rounding instead of truncation: truncating darkens every image by half a level, which an FID sees.
     """

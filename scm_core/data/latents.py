@@ -57,7 +57,9 @@ class LatentStore:
         return channels, height, width
 
     def sample(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return x0 (B, C, h, w) of the images `index` (B,): x0 = (mean + std·ε − channel_mean)·σ_d/channel_std, ε from `generator`."""
+        """Return x0 (B, C, h, w) of the images `index` (B,): x0 = (mean + std·ε − channel_mean)·σ_d/channel_std, ε from
+        `generator`.
+        """
         mean, std = self.mean[index], self.std[index]
         eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
         return self.scale(mean + std * eps)
@@ -68,7 +70,9 @@ class LatentStore:
         return (latents - shift) / factor
 
     def decode_scale(self, x0: Tensor) -> Tensor:
-        """Return the autoencoder's latents x0·channel_std/σ_d + channel_mean for x0 (B, C, h, w): the inverse of `scale`."""
+        """Return the autoencoder's latents x0·channel_std/σ_d + channel_mean for x0 (B, C, h, w): the inverse of
+        `scale`.
+        """
         shift, factor = self._affine(x0)
         return x0 * factor + shift
 
@@ -105,7 +109,9 @@ def latent_store(
 def encode_images(
     encode: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, batch: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Return (mean, std), each (N, C, h, w), of `encode(x) -> (mean, logvar)` over uint8 images (N, C, H, W), `batch` at a time."""
+    """Return (mean, std), each (N, C, h, w), of `encode(x) -> (mean, logvar)` over uint8 images (N, C, H, W), `batch`
+    at a time.
+    """
     if batch < 1:
         raise ValueError(f"batch must be ≥ 1, got {batch}")
     parts = [encode(from_uint8(chunk)) for chunk in images.split(batch)]
@@ -123,7 +129,9 @@ def save_latents(store: LatentStore, folder: str | Path) -> None:
 
 
 def load_latents(folder: str | Path, verify: bool = True) -> LatentStore:
-    """Return the latent store in `folder`, memory-mapped; raises as `load_arrays` for missing, truncated or corrupt files."""
+    """Return the latent store in `folder`, memory-mapped; raises as `load_arrays` for missing, truncated or corrupt
+    files.
+    """
     arrays, meta = load_arrays(folder, KIND, verify)
     missing = {"mean", "std", "labels", "channel_mean", "channel_std"} - set(arrays)
     if missing or not {"name", "sigma_data"} <= set(meta):

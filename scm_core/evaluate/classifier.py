@@ -26,7 +26,8 @@ class ClassifierTerms(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Convolutional classifier of images (B, channels, resolution, resolution) in [−1, 1]; `resolution` a multiple of 8.
+    """Convolutional classifier of images (B, channels, resolution, resolution) in [−1, 1]; `resolution` a multiple of
+    8.
 
     Its features are the last hidden layer *before* its activation: smooth, unbounded, no unit of it can die.
     `feature_mean`, `feature_std` (dim,) standardise them; they are 0 and 1 until `fit_standardization` measures them.
@@ -89,7 +90,8 @@ def classifier_loss(logits: Tensor, labels: Tensor) -> ClassifierTerms:
 
 @torch.no_grad()
 def fit_standardization(classifier: Classifier, images: Tensor, batch: int = 500) -> None:
-    """Measure the features' mean and standard deviation over uint8 `images` (N, C, H, W) and freeze them into the buffers.
+    """Measure the features' mean and standard deviation over uint8 `images` (N, C, H, W) and freeze them into the
+    buffers.
 
     Raises `ValueError` if a feature does not vary: it would divide by zero and means that training went wrong.
     """
@@ -103,14 +105,18 @@ def fit_standardization(classifier: Classifier, images: Tensor, batch: int = 500
 
 
 def save_classifier(classifier: Classifier, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
-    """Write weights, standardisation, configuration and `info` (JSON values: data set, accuracy, …) to one safetensors file."""
+    """Write weights, standardisation, configuration and `info` (JSON values: data set, accuracy, …) to one safetensors
+    file.
+    """
     metadata = {"format": FORMAT, "config": json.dumps(classifier.config), "info": json.dumps(dict(info or {}))}
     tensors = {name: tensor.detach().contiguous() for name, tensor in classifier.state_dict().items()}
     save_file(tensors, str(path), metadata=metadata)
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Return the classifier in a file of `save_classifier`; `FileNotFoundError` or `ValueError` for a missing or wrong file."""
+    """Return the classifier in a file of `save_classifier`; `FileNotFoundError` or `ValueError` for a missing or wrong
+    file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: make the classifier's weights first")

@@ -1,4 +1,6 @@
-"""Feature extractors behind torch-fidelity's interface: the demo's classifier and every network torch-fidelity registers."""
+"""Feature extractors behind torch-fidelity's interface: the demo's classifier and every network torch-fidelity
+registers.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,9 @@ class ClassifierFeatures(torch_fidelity.FeatureExtractorBase):
         x = from_uint8(input)
         if self.classifier.config["channels"] == 1:
             x = x.mean(dim=1, keepdim=True)
-        layers = {"features": self.classifier.features, "logits": self.classifier}
-        return tuple(layers[layer](x) for layer in self.features_list)
+        return tuple(
+            self.classifier.features(x) if layer == "features" else self.classifier(x) for layer in self.features_list
+        )
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -84,7 +87,9 @@ class ExtractorIdentity:
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor (`module`, torch-fidelity's) with its identity; call it with uint8 (B, 1 or 3, H, W) for features (B, D)."""
+    """A feature extractor (`module`, torch-fidelity's) with its identity; call it with uint8 (B, 1 or 3, H, W) for
+    features (B, D).
+    """
 
     module: torch_fidelity.FeatureExtractorBase
     identity: ExtractorIdentity
@@ -95,7 +100,9 @@ class Extractor:
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """Repeat the channel of greyscale uint8 images (B, 1, H, W) three times, leave RGB ones; `ValueError` for anything else."""
+    """Repeat the channel of greyscale uint8 images (B, 1, H, W) three times, leave RGB ones; `ValueError` for anything
+    else.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 (B, 1 or 3, H, W), got {images.dtype} of shape {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1).contiguous() if images.shape[1] == 1 else images

@@ -1,4 +1,6 @@
-"""The Fréchet distance of Gaussians, FID when the features are Inception's (Heusel et al. 2017), with its standard error."""
+"""The Fréchet distance of Gaussians, FID when the features are Inception's (Heusel et al. 2017), with its standard
+error.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,15 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
 def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
     """Return T (D, D) of the optimal transport x ↦ μ₂ + T(x − μ₁) from N(μ₁, Σ₁) to N(μ₂, Σ₂), float64.
 
-    T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^{+½} Σ₂^½, ⁺ the pseudo-inverse: −T is then the derivative of the trace term by Σ₁ also where
+    T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^{+½} Σ₂^½, ⁺ the pseudo-inverse: −T is then the derivative of the trace term by Σ₁ also
+    where
     a covariance is singular, since samples of the first Gaussian never leave Σ₁'s range.
     """
     root2 = _root(cov2.double(), "second")
     product = root2 @ cov1.double() @ root2
     eigenvalues, vectors = torch.linalg.eigh((product + product.T) / 2)
-    # Numerical rank as in torch.linalg.matrix_rank: what is below is a zero of the exact product, left out of its inverse.
+    # Numerical rank as in torch.linalg.matrix_rank: what is below is a zero of the exact product, left out of its
+    # inverse.
     floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(torch.float64).eps
     inverse_root = torch.where(eigenvalues > floor, eigenvalues.clamp(min=floor).rsqrt(), 0.0)
     half = root2 @ (vectors * inverse_root.sqrt())
@@ -55,7 +59,8 @@ def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
 def frechet_with_error(features_fake: Tensor, ref_moments: Moments) -> FidResult:
     """Return the Fréchet distance of features (N, D) to a reference and its standard error sd(IF)/√N (delta method).
 
-    The influence of sample i is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i up to a constant, with x̃_i = x_i − μ and T the
+    The influence of sample i is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i up to a constant, with x̃_i = x_i − μ and T
+    the
     transport map from the samples' Gaussian to the reference's. The reference counts as exact. The estimate's bias
     is not in the error. Raises `ValueError` for N < 2, another D or features that are not finite.
     """

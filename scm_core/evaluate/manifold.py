@@ -78,7 +78,8 @@ def _squared_radii(points: Tensor, k: int) -> Tensor:
 
 
 def _fraction_inside(queries: Tensor, centres: Tensor, squared_radii: Tensor) -> float:
-    # |a|² + |b|² − 2a·b is off by at most this much, so equal distances (duplicates, lattices) count as inside, as ≤ says.
+    # |a|² + |b|² − 2a·b is off by at most this much, so equal distances (duplicates, lattices) count as inside, as ≤
+    # says.
     norms = max(float(queries.square().sum(dim=1).max()), float(centres.square().sum(dim=1).max()))
     slack = 8 * queries.shape[1] * torch.finfo(queries.dtype).eps * norms
     inside = 0

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def checked_features(features: Tensor, dim: int | None = None, what: str = "features") -> Tensor:
-    """Return `features` as float64; `ValueError` unless they are finite, floating point and of shape (N, D), D = `dim` if given."""
+    """Return `features` as float64; `ValueError` unless they are finite, floating point and of shape (N, D), D = `dim`
+    if given.
+    """
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
             f"{what} must be floating point of shape (N, D), got {features.dtype} of shape {tuple(features.shape)}"

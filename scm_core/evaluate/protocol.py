@@ -57,8 +57,13 @@ class Reference:
     weights_sha256: str
 
     def __post_init__(self) -> None:
-        count, dim = self.features.shape
-        if self.features.dtype != torch.float32 or self.mean.shape != (dim,) or self.cov.shape != (dim, dim):
+        dim = self.features.shape[-1]
+        if (
+            self.features.ndim != 2
+            or self.features.dtype != torch.float32
+            or self.mean.shape != (dim,)
+            or self.cov.shape != (dim, dim)
+        ):
             raise ValueError(
                 f"reference of {self.dataset}: features (N, D) float32, mean (D,), cov (D, D) disagree: "
                 f"{tuple(self.features.shape)} {self.features.dtype}, {tuple(self.mean.shape)}, {tuple(self.cov.shape)}"
@@ -77,7 +82,9 @@ class Reference:
         return Moments.given(self.mean, self.cov, self.count)
 
     def require(self, identity: ExtractorIdentity | None = None, dataset: str | None = None) -> None:
-        """Raise `ValueError` unless this is a reference of `dataset` made with the extractor `identity` (each checked if given)."""
+        """Raise `ValueError` unless this is a reference of `dataset` made with the extractor `identity` (each checked
+        if given).
+        """
         if dataset is not None and dataset != self.dataset:
             raise ValueError(f"the reference is of dataset {self.dataset}, not {dataset}: make one of {dataset}")
         if identity is None:
@@ -93,7 +100,9 @@ class Reference:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write reference.safetensors (features, mean, cov) and, last, reference.json (identities, N, digest) to `folder`."""
+        """Write reference.safetensors (features, mean, cov) and, last, reference.json (identities, N, digest) to
+        `folder`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in ("features", "mean", "cov")}
@@ -109,7 +118,8 @@ _IDENTITY = ("dataset", "dataset_sha256", "extractor", "layer", "weights_sha256"
 def load_reference(
     folder: str | Path, identity: ExtractorIdentity | None = None, dataset: str | None = None
 ) -> Reference:
-    """Return the reference in `folder`, refusing one of another extractor `identity` or `dataset` (each checked if given).
+    """Return the reference in `folder`, refusing one of another extractor `identity` or `dataset` (each checked if
+    given).
 
     Raises `FileNotFoundError` for missing and `ValueError` for corrupt or mismatching files.
     """
@@ -131,8 +141,17 @@ def load_reference(
         raise ValueError(f"{tensors_path} is truncated or corrupt (its SHA-256 is not {INDEX}'s): make it again")
     try:
         tensors = load_file(str(tensors_path))
-        reference = Reference(**tensors, **{name: index[name] for name in _IDENTITY})
-    except (SafetensorError, TypeError) as error:
+        reference = Reference(
+            features=tensors["features"],
+            mean=tensors["mean"],
+            cov=tensors["cov"],
+            dataset=index["dataset"],
+            dataset_sha256=index["dataset_sha256"],
+            extractor=index["extractor"],
+            layer=index["layer"],
+            weights_sha256=index["weights_sha256"],
+        )
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{tensors_path} is no reference ({error}): make it again") from error
     if reference.count != index["count"]:
         raise ValueError(f"{tensors_path} holds {reference.count} images, {INDEX} says {index['count']}: make it again")
@@ -141,7 +160,9 @@ def load_reference(
 
 
 def extract(extractor: Callable[[Tensor], Tensor], images: Tensor, batch: int = 500) -> Tensor:
-    """Return float32 features (N, D) of uint8 images (N, 1 or 3, H, W), `batch` at a time; `ValueError` if they are not finite."""
+    """Return float32 features (N, D) of uint8 images (N, 1 or 3, H, W), `batch` at a time; `ValueError` if they are not
+    finite.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise ValueError(
             f"images must be uint8 of shape (N, C, H, W) with N ≥ 1, got {images.dtype} {tuple(images.shape)}"
@@ -170,7 +191,9 @@ def make_reference(extractor: Extractor, image_set: ImageSet, batch: int = 500) 
 
 
 def evaluate(features_fake: Tensor, reference: Reference, neighbours: int = 3) -> Evaluation:
-    """Return FID ± SE, precision and recall (k = `neighbours`) of generated features (N, D); the extractor must be the reference's."""
+    """Return FID ± SE, precision and recall (k = `neighbours`) of generated features (N, D); the extractor must be the
+    reference's.
+    """
     fid = frechet_with_error(features_fake, reference.moments)
     manifold = precision_recall(reference.features, features_fake, neighbours)
     return Evaluation(fid.value, fid.se, manifold.precision, manifold.recall, len(features_fake))
