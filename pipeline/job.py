@@ -67,17 +67,21 @@ class Point:
         """The published folder of a stage of the same slot."""
         return Path("runs", self.params.scale, self.axes.get("slot", REPORT_SLOT), stage, *rest)
 
+    def inputs(self, *stages: str) -> dict[str, Path]:
+        """The folders of stages that have one job in each slot."""
+        return {stage: self.folder(stage) for stage in stages}
+
     def data(self) -> dict[str, Path]:
         """What networks are trained on: latents, or the images of a pixel slot."""
-        name = "latents" if self.slot.vae else "dataset"
-        return {name: self.folder(name)}
+        return self.inputs("latents" if self.slot.vae else "dataset")
 
-    def vae(self) -> dict[str, Path]:
-        """The decoder, where there is one."""
-        return {"vae": self.folder("vae")} if self.slot.vae else {}
+    def decoder(self) -> dict[str, Path]:
+        """What turns latents into images, where there are latents."""
+        return self.inputs("vae") if self.slot.vae else {}
 
-    def model(self, size: str, method: str) -> dict[str, Path]:
-        """The network that a method makes."""
+    def model(self) -> dict[str, Path]:
+        """The network of this size and method."""
+        size, method = self.axes["size"], self.axes["method"]
         if method == "teacher":
             return {"teacher": self.folder("teacher", size)}
         return {"student": self.folder("student", size, method)}
@@ -91,6 +95,8 @@ class Stage:
     """What all jobs of a stage have in common."""
 
     name: str
+    title: str
+    """What it does, in a few words."""
     axes: tuple[str, ...]
     expand: Callable[[Params], Axes]
     """Every point of the axes, for a scale."""
@@ -102,18 +108,24 @@ class Stage:
     reads: tuple[Path, ...] = ()
     """Files of the repository that it reads beside its own source."""
 
+    def outputs(self, scale: str, axes: Mapping[str, str]) -> tuple[Path, ...]:
+        """What the job at these axis values publishes (the Snakefile passes wildcards for values)."""
+        if self.reports:
+            return self.reports
+        slot, *rest = (axes[axis] for axis in self.axes)
+        return (Path("runs", scale, slot, self.name, *rest),)
+
     def job(self, params: Params, axes: Mapping[str, str]) -> Job:
         """The job at one point of the axes."""
         point = Point(params, axes)
         prefix = f"scales.{params.scale}"
         slot = f"{prefix}.slots.{axes.get('slot', REPORT_SLOT)}"
-        rest = [value for axis, value in axes.items() if axis != "slot"]
         return Job(
             scale=params.scale,
             stage=self.name,
-            axes=MappingProxyType(dict(axes)),
+            axes=MappingProxyType({axis: axes[axis] for axis in self.axes}),
             inputs=MappingProxyType(self.inputs(point)),
-            outputs=self.reports or (point.folder(self.name, *rest),),
+            outputs=self.outputs(params.scale, axes),
             params=tuple(f"{slot}{key}" if key.startswith(".") else f"{prefix}.{key}" for key in self.params(point)),
             sources=(Path("pipeline", "stages", f"{self.name}.py"), *self.reads),
             resources=self.cost(point.slot, axes),

@@ -81,7 +81,7 @@ def _figure2_inputs(point: Point) -> dict[str, Path]:
     for size in point.slot.sizes:
         inputs[f"teacher-{size}"] = point.folder("teacher", size)
         inputs |= {f"student-{size}-{method}": point.folder("student", size, method) for method in point.slot.students}
-    return {**inputs, **point.vae(), **_evaluations(point)}
+    return {**inputs, **point.decoder(), **_evaluations(point)}
 
 
 def _network_keys(point: Point, section: str) -> tuple[str, ...]:
@@ -90,94 +90,102 @@ def _network_keys(point: Point, section: str) -> tuple[str, ...]:
 
 
 # In topological order.
-STAGES: Mapping[str, Stage] = MappingProxyType(
-    {
-        stage.name: stage
-        for stage in (
-            Stage("dataset", ("slot",), _slots, lambda p: {}, lambda p: (".dataset",), costs.dataset),
-            Stage(
-                "vae",
-                ("slot",),
-                _latent_slots,
-                inputs=lambda p: {"dataset": p.folder("dataset")},
-                params=lambda p: ("seed", ".vae"),
-                cost=costs.vae,
-            ),
-            Stage(
-                "latents",
-                ("slot",),
-                _latent_slots,
-                inputs=lambda p: {"dataset": p.folder("dataset"), "vae": p.folder("vae")},
-                params=lambda p: ("seed", ".sigma_data"),
-                cost=costs.latents,
-            ),
-            Stage(
-                "features",
-                ("slot",),
-                _slots,
-                inputs=lambda p: {"dataset": p.folder("dataset")},
-                params=lambda p: ("seed", ".features"),
-                cost=costs.features,
-            ),
-            Stage(
-                "reference",
-                ("slot",),
-                _slots,
-                inputs=lambda p: {"dataset": p.folder("dataset"), "features": p.folder("features")},
-                params=lambda p: (),
-                cost=costs.reference,
-            ),
-            Stage(
-                "teacher",
-                ("slot", "size"),
-                _sizes,
-                inputs=lambda p: {**p.data()},
-                params=lambda p: _network_keys(p, "teacher"),
-                cost=costs.teacher,
-            ),
-            Stage(
-                "student",
-                ("slot", "size", "method"),
-                _students,
-                inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data()},
-                params=lambda p: _network_keys(p, f"students.{p.axes['method']}"),
-                cost=costs.student,
-            ),
-            Stage(
-                "evaluate",
-                ("slot", "size", "method"),
-                _models,
-                inputs=lambda p: {
-                    **p.model(p.axes["size"], p.axes["method"]),
-                    **p.vae(),
-                    "features": p.folder("features"),
-                    "reference": p.folder("reference"),
-                },
-                params=lambda p: (".sigma_data", ".evaluation"),
-                cost=costs.evaluate,
-            ),
-            Stage(
-                "table2",
-                (),
-                _table2,
-                inputs=_evaluations,
-                params=lambda p: (".dataset", ".evaluation"),
-                cost=costs.report,
-                reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
-                reads=(REPORTS / "paper" / "table2.csv",),
-            ),
-            Stage(
-                "figure2",
-                (),
-                _figure2,
-                inputs=_figure2_inputs,
-                params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
-                cost=costs.figure,
-                reports=(REPORTS / "figure2.png",),
-            ),
-        )
-    }
+_DECLARED = (
+    Stage(
+        "dataset",
+        "read and pad the images",
+        axes=("slot",),
+        expand=_slots,
+        inputs=lambda p: {},
+        params=lambda p: (".dataset",),
+        cost=costs.dataset,
+    ),
+    Stage(
+        "vae",
+        "train the VAE",
+        axes=("slot",),
+        expand=_latent_slots,
+        inputs=lambda p: p.inputs("dataset"),
+        params=lambda p: ("seed", ".vae"),
+        cost=costs.vae,
+    ),
+    Stage(
+        "latents",
+        "encode the images",
+        axes=("slot",),
+        expand=_latent_slots,
+        inputs=lambda p: p.inputs("dataset", "vae"),
+        params=lambda p: ("seed", ".sigma_data"),
+        cost=costs.latents,
+    ),
+    Stage(
+        "features",
+        "train the classifier that makes the features of FID",
+        axes=("slot",),
+        expand=_slots,
+        inputs=lambda p: p.inputs("dataset"),
+        params=lambda p: ("seed", ".features"),
+        cost=costs.features,
+    ),
+    Stage(
+        "reference",
+        "features and moments of the data",
+        axes=("slot",),
+        expand=_slots,
+        inputs=lambda p: p.inputs("dataset", "features"),
+        params=lambda p: (),
+        cost=costs.reference,
+    ),
+    Stage(
+        "teacher",
+        "train a diffusion model",
+        axes=("slot", "size"),
+        expand=_sizes,
+        inputs=lambda p: p.data(),
+        params=lambda p: _network_keys(p, "teacher"),
+        cost=costs.teacher,
+    ),
+    Stage(
+        "student",
+        "train a consistency model",
+        axes=("slot", "size", "method"),
+        expand=_students,
+        inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data()},
+        params=lambda p: _network_keys(p, f"students.{p.axes['method']}"),
+        cost=costs.student,
+    ),
+    Stage(
+        "evaluate",
+        "sweep the guidance, select, measure again on fresh samples",
+        axes=("slot", "size", "method"),
+        expand=_models,
+        inputs=lambda p: {**p.model(), **p.decoder(), **p.inputs("features", "reference")},
+        params=lambda p: (".sigma_data", ".evaluation"),
+        cost=costs.evaluate,
+    ),
+    Stage(
+        "table2",
+        "Table 2: the paper's rows and ours",
+        axes=(),
+        expand=_table2,
+        inputs=_evaluations,
+        params=lambda p: (".dataset", ".evaluation"),
+        cost=costs.report,
+        reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
+        reads=(REPORTS / "paper" / "table2.csv",),
+    ),
+    Stage(
+        "figure2",
+        "Figure 2: samples of teacher and students from the same noise",
+        axes=(),
+        expand=_figure2,
+        inputs=_figure2_inputs,
+        params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
+        cost=costs.figure,
+        reports=(REPORTS / "figure2.png",),
+    ),
 )
+STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})
 
 
 def jobs(params: Params, scale: str | None = None) -> list[Job]:

@@ -1,0 +1,93 @@
+# The pipeline for Snakemake: one rule for each stage of pipeline/registry.py.
+#
+#   snakemake --profile cluster/local                          # reports/table2.csv, table2.md, figure2.png
+#   snakemake --profile cluster/local --config scale=smoke     # config keys: scale, launcher (inline, local, slurm)
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+
+from pipeline import registry
+from pipeline.errors import PipelineError, RegistryError, suggestion
+from pipeline.params import load
+
+
+def read_config():
+    """The parameters that --config and params.yaml ask for, and the launcher for the jobs' environment."""
+    known = ("scale", "launcher")
+    for key in config:
+        if key not in known:
+            raise RegistryError(f"--config {key}={config[key]}: unknown key; {suggestion(key, known, 'keys')}")
+    if "launcher" in config:
+        launchers = ("inline", "local", "slurm")
+        if config["launcher"] not in launchers:
+            end = suggestion(config["launcher"], launchers, "launchers")
+            raise RegistryError(f"--config launcher={config['launcher']}: unknown launcher; {end}")
+        os.environ["SCM_LAUNCHER"] = config["launcher"]
+    scale = config.get("scale")
+    return load("params.yaml", None if scale is None else str(scale))
+
+
+# The `python` of the jobs is the one that runs Snakemake, also when its environment is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+try:
+    params = read_config()
+    jobs = registry.jobs(params)
+except PipelineError as error:
+    sys.exit(f"error: {error}")
+
+
+def job_of(stage, wildcards):
+    return registry.find(params, stage, {axis: wildcards[axis] for axis in registry.STAGES[stage].axes})
+
+
+def pattern(stage):
+    """The outputs of a stage with its axes as wildcards, each limited to the values that occur."""
+    members = [job for job in jobs if job.stage == stage]
+    values = {axis: "|".join(sorted({re.escape(job.axes[axis]) for job in members})) for axis in members[0].axes}
+    wild = {axis: f"{{{axis},{choice}}}" for axis, choice in values.items()}
+    return [str(path) for path in registry.STAGES[stage].outputs(params.scale, wild)]
+
+
+def inputs_of(stage, wildcards):
+    job = job_of(stage, wildcards)
+    return [str(path) for path in (*job.sources, *job.inputs.values())]
+
+
+def resource_of(stage, name, wildcards):
+    return getattr(job_of(stage, wildcards).resources, name)
+
+
+rule all:
+    default_target: True
+    input:
+        [str(path) for job in jobs if job.is_report for path in job.outputs],
+
+
+for stage in dict.fromkeys(job.stage for job in jobs):
+
+    rule:
+        name:
+            stage
+        input:
+            partial(inputs_of, stage),
+        output:
+            pattern(stage) if registry.STAGES[stage].reports else directory(pattern(stage)),
+        params:
+            # What Snakemake compares to see that a number has changed.
+            settings=lambda wildcards, stage=stage: registry.settings(job_of(stage, wildcards), params),
+            command=lambda wildcards, stage=stage: job_of(stage, wildcards).command,
+        log:
+            # Written by the job itself; named here so that Snakemake shows it when the job fails.
+            "-".join([f"runs/{params.scale}/.logs/{stage}", *(f"{{{axis}}}" for axis in registry.STAGES[stage].axes)]) + ".log",
+        threads: partial(resource_of, stage, "threads")
+        resources:
+            mem_mb=partial(resource_of, stage, "memory_mb"),
+            gpus=partial(resource_of, stage, "gpus"),
+            runtime=partial(resource_of, stage, "minutes"),
+        shell:
+            "{params.command}"
