@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pipeline.params import Params
     from pipeline.registry import Job
 
-EXIT = "exit.json"  # how an attempt ended; missing after a hard death
-
 
 class Failed(PipelineError):
     """The stage failed; the message is the sentence for the user, the log has the traceback."""
@@ -59,9 +57,18 @@ def set_threads(threads: int) -> None:
 
 
 def run_stage(
-    job: "Job", params: "Params", launcher: str, attempt: str = "", job_id: str = "", show: bool = True
+    job: "Job",
+    params: "Params",
+    launcher: str,
+    attempt: str = "",
+    job_id: str = "",
+    show: bool = True,
+    expected: str | None = None,
 ) -> None:
     """Runs the stage and leaves a complete staged result; the caller holds the job's run lock.
+
+    `expected` is the fingerprint that was submitted: a job that waited in a queue while params.yaml or an input
+    changed is not the job that was asked for, and refuses.
 
     Raises `PipelineError`; whatever happens short of a kill, the working folder's exit.json says how it ended.
     """
@@ -71,6 +78,8 @@ def run_stage(
         try:
             inputs = manifest.verify_inputs(job)
             mark = manifest.fingerprint(job, params, inputs)
+            if expected not in (None, mark):
+                raise Failed(f"{job.name}: params.yaml or an input changed since it was submitted; run it again")
             publish.set_aside_if_stale(job, mark)
             _prepare(job, mark, launcher, attempt, job_id)
             _compute(job, params, inputs, mark, launcher, job_id, show)
@@ -85,13 +94,13 @@ def run_stage(
             _log_traceback(job)
             raise Failed(_sentence(job, error)) from error
     except KeyboardInterrupt:
-        _note(folder, attempt, "cancelled", f"{job.name}: was cancelled")
+        note(job, attempt, "cancelled", f"{job.name}: was cancelled")
         raise
     except PipelineError as error:
         shutil.rmtree(folder / "out", ignore_errors=True)
-        _note(folder, attempt, "error", str(error))
+        note(job, attempt, "error", str(error))
         raise
-    _note(folder, attempt, "ok", f"{job.name}: done in {time.time() - started:.0f} s")
+    note(job, attempt, "ok", f"{job.name}: done in {time.time() - started:.0f} s")
 
 
 def _prepare(job: "Job", mark: str, launcher: str, attempt: str, job_id: str) -> None:
@@ -100,7 +109,7 @@ def _prepare(job: "Job", mark: str, launcher: str, attempt: str, job_id: str) ->
     (folder / "work").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "out").mkdir()
-    for name in (EXIT, publish.RESULT):
+    for name in (publish.EXIT, publish.RESULT):
         (folder / name).unlink(missing_ok=True)
     state = read_json(folder / "state.json") or {"attempts": []}
     state = {"fingerprint": mark, "run": manifest.run_id(job, mark), "attempts": [*state["attempts"], time.time()]}
@@ -182,7 +191,7 @@ def _check(job: "Job", out: Path) -> None:
         raise Failed(f"{job.name}: the stage ended without writing anything; nothing is published")
     if (out / paths.MANIFEST).exists():
         raise Failed(f"{job.name}: the stage wrote {paths.MANIFEST}, a name that belongs to the executor")
-    if manifest.is_report(job):
+    if job.is_report:
         for output in job.outputs:
             if not (out / output.name).is_file():
                 raise Failed(f"{job.name}: the stage did not write {output.name}; nothing is published")
@@ -210,10 +219,12 @@ def _log_traceback(job: "Job") -> None:
         print(f"warning: cannot write {paths.relative(paths.log_file(job))}: {error.strerror}", file=sys.stderr)
 
 
-def _note(folder: Path, attempt: str, status: str, message: str) -> None:
-    note: dict[str, Any] = {"attempt": attempt, "status": status, "message": message, "time": time.time()}
+def note(job: "Job", attempt: str, status: str, message: str) -> None:
+    """Leaves word of how an attempt ended, for whoever waits."""
+    file = paths.job_folder(job) / publish.EXIT
+    value: dict[str, Any] = {"attempt": attempt, "status": status, "message": message, "time": time.time()}
     try:
-        write_json(folder / EXIT, note)
+        write_json(file, value)
     except OSError as error:
         # The disk is full or gone: the exit status and the words on stderr have to do.
-        print(f"warning: cannot write {paths.relative(folder / EXIT)}: {error.strerror}", file=sys.stderr)
+        print(f"warning: cannot write {paths.relative(file)}: {error.strerror}", file=sys.stderr)

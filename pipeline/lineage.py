@@ -33,8 +33,6 @@ class Run:
         """Ends the run badly."""
 
 
-def open_run(
-    job: "Job", params: "Params", inputs: Mapping[str, Input], mark: str, launcher: str, job_id: str
-) -> Run:
+def open_run(job: "Job", params: "Params", inputs: Mapping[str, Input], mark: str, launcher: str, job_id: str) -> Run:
     """Opens the run of a job."""
     return Run()

@@ -38,30 +38,11 @@ def digest(manifest: Path) -> str:
     return sha256_file(manifest)
 
 
-def resolve(params: Any, key: str) -> Any:
-    """The value of a dotted key of params.yaml, as plain JSON data with defaults filled in."""
-    node = params
-    for part in key.split("."):
-        try:
-            node = node[part] if isinstance(node, Mapping) else getattr(node, part)
-        except (KeyError, AttributeError):
-            raise PipelineError(f"params.yaml: {key}: there is no '{part}' in it") from None
-    return _plain(node)
-
-
-def _plain(node: Any) -> Any:
-    if hasattr(node, "model_dump"):
-        return node.model_dump(mode="json")
-    if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_plain(value) for value in node]
-    return node
-
-
 def resolved_params(job: "Job", params: "Params") -> dict[str, Any]:
-    """Every parameter the job depends on: dotted key -> value."""
-    return {key: resolve(params, key) for key in job.params}
+    """Every parameter the job depends on: dotted key below the scale -> value."""
+    from pipeline.registry import settings
+
+    return settings(job, params)
 
 
 def fingerprint(job: "Job", params: "Params", inputs: Mapping[str, Input]) -> str:
@@ -111,12 +92,7 @@ def build(job: "Job", params: "Params", inputs: Mapping[str, Input], mark: str, 
 def path_of(job: "Job") -> Path:
     """Where the manifest of the job's published output lies."""
     output = paths.root() / job.outputs[0]
-    return paths.report_manifest(job) if is_report(job) else output / paths.MANIFEST
-
-
-def is_report(job: "Job") -> bool:
-    """Whether the job's outputs are single files (below reports/), not a folder."""
-    return all(path.suffix for path in job.outputs)
+    return paths.report_manifest(job) if job.is_report else output / paths.MANIFEST
 
 
 def read(file: Path) -> dict[str, Any] | None:
@@ -183,7 +159,7 @@ def remedy(job: "Job", path: Path, manifest: Mapping[str, Any] | None) -> str:
 def _producer(job: "Job", path: Path) -> "Job | None":
     from pipeline import params, registry
 
-    for other in registry.jobs(params.load(paths.root() / params.PARAMS_FILE), job.scale):
+    for other in registry.jobs(params.load(paths.root() / params.PARAMS_FILE, job.scale)):
         if any(paths.root() / output == path for output in other.outputs):
             return other
     return None

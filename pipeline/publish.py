@@ -17,6 +17,7 @@ from pipeline.files import fsync_tree, read_json, write_json
 if TYPE_CHECKING:
     from pipeline.registry import Job
 
+EXIT = "exit.json"  # how an attempt ended; missing after a hard death
 RESULT = "result.json"  # written last: where it is, `out/` is complete and on the disk
 
 
@@ -69,7 +70,7 @@ def publish(job: "Job") -> None:
     staging = folder / "out"
     record = paths.record_file(job)
     try:
-        if manifest.is_report(job):
+        if job.is_report:
             # The manifest first: a kill in between leaves a report that is seen as not current, and is made again.
             _copy_file(staging / paths.MANIFEST, paths.report_manifest(job))
             for output in job.outputs:

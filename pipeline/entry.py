@@ -1,0 +1,82 @@
+"""What runs in a submitted job's process: it finds its job again by name, runs it, and leaves an exit note."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """The identity of a job, which is all that a launcher pickles: parameters are read again where it runs."""
+
+    root: str
+    scale: str
+    stage: str
+    axes: tuple[tuple[str, str], ...]
+    fingerprint: str
+    attempt: str
+    launcher: str
+
+    def __call__(self) -> None:
+        """Runs the job; the process ends with status 0, 1 (the note says why), or 130 (cancelled)."""
+        os.environ["SCM_ROOT"] = self.root
+        os.chdir(self.root)
+        job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+        if self.launcher == "local":
+            # Its own session: Ctrl-C in a terminal reaches the waiter, which decides; a closed terminal stops nothing.
+            with contextlib.suppress(PermissionError):
+                os.setsid()
+            # On SLURM, SIGTERM comes before a preemption's requeue and submitit passes over it; here it is a cancel.
+            signal.signal(signal.SIGTERM, _cancelled)
+            signal.signal(signal.SIGINT, _cancelled)
+        from pipeline import execute, params, paths, registry
+        from pipeline.errors import PipelineError
+        from pipeline.files import Lock
+
+        loaded = params.load(paths.root() / params.PARAMS_FILE, self.scale)
+        job = registry.find(loaded, self.stage, dict(self.axes))
+        _redirect(str(paths.log_file(job)), f"--- {job.name}, attempt {self.attempt}, {time.strftime('%F %T')}")
+        lock = Lock(paths.lock_file(job, "run"))
+        if not lock.acquire(wait=False):
+            execute.note(job, self.attempt, "error", f"{job.name}: is already running ({execute.holder(job)})")
+            sys.exit(1)
+        try:
+            execute.run_stage(job, loaded, self.launcher, self.attempt, job_id, expected=self.fingerprint)
+        except PipelineError as error:
+            print(f"error: {error}", flush=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print(f"{job.name}: cancelled", flush=True)
+            sys.exit(130)
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> "DelayedSubmission":
+        """What submitit runs after a time-out or preemption: the same job, which resumes from its checkpoints."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _cancelled(signum: int, frame: FrameType | None) -> NoReturn:
+    # A second signal during the clean-up must not cut it short; the waiter's SIGKILL is the last resort.
+    signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+def _redirect(log: str, title: str) -> None:
+    """Sends stdout and stderr, those of libraries written in C too, to the job's log."""
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    print(title, flush=True)
