@@ -19,24 +19,11 @@ class VaeTerms(NamedTuple):
     kl: Tensor
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(SiLU(conv(SiLU(x)))), channels kept; starts as the identity."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
-
-
 class VAE(nn.Module):
-    """Images (B, channels, H, W) in [−1, 1] ↔ latents (B, latent_channels, H/4, W/4), Gaussian posterior per element;
-    H, W multiples of 4.
+    """Images (B, channels, H, W) in [−1, 1] ↔ latents (B, latent_channels, H/4, W/4); H and W multiples of 4.
 
-    Space-to-depth replaces convolutions at full resolution, where a CPU would spend most of its time.
+    Made for a CPU: space-to-depth replaces convolutions at full resolution, and the decoder gets most of the work,
+    since it decides how sharp a sample can be.
     """
 
     def __init__(self, channels: int = 1, latent_channels: int = 4, width: int = 24) -> None:
@@ -46,21 +33,15 @@ class VAE(nn.Module):
                 raise ValueError(f"VAE: {name} must be ≥ 1, got {value}")
         self.channels, self.latent_channels, self.width = channels, latent_channels, width
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * channels, width, 3, padding=1),
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(16 * channels, 2 * width, 3, padding=1),
             nn.SiLU(),
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * width, 2 * width, 1),
-            ResidualBlock(2 * width),
-            nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * latent_channels, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * latent_channels, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, 2 * width, 3, padding=1),
-            ResidualBlock(2 * width),
-            ResidualBlock(2 * width),
             nn.SiLU(),
-            nn.Conv2d(2 * width, 4 * width, 1),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1),
             nn.PixelShuffle(2),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
@@ -80,25 +61,22 @@ class VAE(nn.Module):
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return images (B, channels, H, W), about [−1, 1] and not clipped, for latents z of shape (B, latent_channels,
-        H/4, W/4).
-        """
+        """Return images (B, channels, 4h, 4w), nominally in [−1, 1], not clipped, of latents (B, latent_channels, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(f"VAE: latents must be (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
         return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (reconstruction, mean, logvar) with z = mean + exp(logvar/2)·ε drawn from the posterior by
-        `generator`.
-        """
+        """Return (reconstruction, mean, logvar), z = mean + exp(logvar/2)·ε drawn from the posterior by `generator`."""
         mean, logvar = self.encode(x)
         eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return self.decode(mean + (logvar / 2).exp() * eps), mean, logvar
 
 
 def vae_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> VaeTerms:
-    """Return the β-VAE objective (Higgins et al. 2017): mean squared error per pixel plus `kl_weight` times KL(q ‖ N(0,
-    1)) in nats per latent element.
+    """Return the β-VAE objective (Higgins et al. 2017) averaged over batch and elements: mse + kl_weight · KL.
+
+    `mse` is the squared error per pixel, `kl` the KL(q(z | x) ‖ N(0, 1)) in nats per latent element.
     """
     if kl_weight < 0:
         raise ValueError(f"kl_weight must be ≥ 0, got {kl_weight}")

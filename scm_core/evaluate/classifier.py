@@ -26,8 +26,7 @@ class ClassifierTerms(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Convolutional classifier of images (B, channels, resolution, resolution) in [−1, 1]; `resolution` a multiple of
-    8.
+    """Convolutional classifier of images (B, channels, resolution, resolution) in [−1, 1], `resolution` 8, 16, 32, ….
 
     Its features are the last hidden layer *before* its activation: smooth, unbounded, no unit of it can die.
     `feature_mean`, `feature_std` (dim,) standardise them; they are 0 and 1 until `fit_standardization` measures them.
@@ -43,8 +42,8 @@ class Classifier(nn.Module):
         for name, value in (("channels", channels), ("labels", labels), ("dim", dim), ("width", width)):
             if value < 1:
                 raise ValueError(f"Classifier: {name} must be ≥ 1, got {value}")
-        if resolution < 8 or resolution % 8:
-            raise ValueError(f"Classifier: resolution must be a multiple of 8, got {resolution}")
+        if resolution < 8 or resolution & (resolution - 1):
+            raise ValueError(f"Classifier: resolution must be a power of two ≥ 8, got {resolution}")
         self.config = {
             "channels": channels,
             "labels": labels,
@@ -52,16 +51,19 @@ class Classifier(nn.Module):
             "resolution": resolution,
             "width": width,
         }
+        # Pooled down to 4×4 and no further, so that images of any size leave the hidden layer more inputs than units.
+        half, quarter = resolution // 2, max(4, resolution // 4)
+        last = max(4, quarter // 2)
         self.body = nn.Sequential(
             nn.PixelUnshuffle(2),
             nn.Conv2d(4 * channels, width, 3, padding=1),
             nn.SiLU(),
-            nn.AvgPool2d(2),
+            nn.AvgPool2d(half // quarter),
             nn.Conv2d(width, 2 * width, 3, padding=1),
             nn.SiLU(),
-            nn.AvgPool2d(2),
+            nn.AvgPool2d(quarter // last),
             nn.Flatten(),
-            nn.Linear(2 * width * (resolution // 8) ** 2, dim),
+            nn.Linear(2 * width * last**2, dim),
         )
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(dim, labels))
         self.register_buffer("feature_mean", torch.zeros(dim))
