@@ -46,7 +46,7 @@ fi
 touch "$pending"
 rm -f "$stamp"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-echo "setup: installing $(grep -c '==' requirements.lock) pinned packages into $venv (some minutes; about 1 GB, 5 GB with CUDA)"
+echo "setup: installing $(grep -c '==' requirements.lock) pinned packages into $venv (2 to 4 minutes; 2 GB of disk, more with CUDA)"
 "${pip[@]}" install -qq --progress-bar off -r requirements.lock
 "${pip[@]}" install -qq --no-deps --no-build-isolation --editable .
 "${pip[@]}" check >/dev/null || "${pip[@]}" check
