@@ -1,0 +1,278 @@
+"""Extractors through torch-fidelity's interface, references on disk, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from scm_core import compat
+from scm_core.data import ImageSet, from_uint8, load_source, to_uint8
+from scm_core.evaluate import (
+    Moments,
+    evaluate,
+    extract,
+    frechet_with_error,
+    load_reference,
+    make_reference,
+    precision_recall,
+)
+from scm_core.evaluate.classifier import (
+    Classifier,
+    classifier_loss,
+    fit_standardization,
+    load_classifier,
+    save_classifier,
+)
+from scm_core.evaluate.extractors import CLASSIFIER, Extractor, create_extractor, to_rgb
+
+
+def train_classifier(seed: int, steps: int = 60) -> Classifier:
+    torch.manual_seed(seed)
+    classifier = Classifier(resolution=8)
+    digits = load_source("digits")
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        index = torch.randint(1200, (64,), generator=generator)
+        terms = classifier_loss(classifier(from_uint8(digits.images[index])), digits.labels[index])
+        optimizer.zero_grad()
+        terms.loss.backward()
+        optimizer.step()
+    fit_standardization(classifier, digits.images)
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    save_classifier(train_classifier(seed=0), path, {"dataset": "digits"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def extractor(weights: Path) -> Extractor:
+    return create_extractor(CLASSIFIER, weights)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    return load_source("digits")
+
+
+def test_the_classifier_learns(weights: Path, digits: ImageSet) -> None:
+    classifier = load_classifier(weights)
+    held_out = slice(1200, None)
+    logits = classifier(from_uint8(digits.images[held_out]))
+    assert classifier_loss(logits, digits.labels[held_out]).accuracy > 0.85
+
+
+def test_features_are_standardised_and_none_is_dead(extractor: Extractor, digits: ImageSet) -> None:
+    features = extract(extractor, digits.images).double()
+    assert features.shape == (1797, 64)
+    torch.testing.assert_close(features.mean(0), torch.zeros(64).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(64).double(), atol=1e-5, rtol=0)
+    assert torch.linalg.matrix_rank(features) == 64
+
+
+def test_a_dead_feature_is_refused(digits: ImageSet) -> None:
+    classifier = Classifier(resolution=8)
+    with torch.no_grad():
+        classifier.body[-1].weight[7] = 0
+    with pytest.raises(ValueError, match=r"without variance.*\[7\]"):
+        fit_standardization(classifier, digits.images)
+
+
+def test_loss_and_accuracy() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, torch.log(torch.tensor(3.0))]])
+    terms = classifier_loss(logits, torch.tensor([0, 1]))
+    assert float(terms.loss) == pytest.approx((torch.log(torch.tensor(2.0)) + torch.log(torch.tensor(4 / 3))) / 2)
+    assert classifier_loss(logits, torch.tensor([1, 0])).accuracy == 0
+
+
+def test_the_batch_does_not_matter(extractor: Extractor, digits: ImageSet) -> None:
+    images = digits.images[:50]
+    torch.testing.assert_close(extract(extractor, images, 50), extract(extractor, images, 7), rtol=1e-4, atol=1e-5)
+
+
+def test_grey_images_equal_their_rgb_copies(extractor: Extractor, weights: Path, digits: ImageSet) -> None:
+    images = digits.images[:8]
+    rgb = images.repeat(1, 3, 1, 1)
+    assert torch.equal(to_rgb(images), rgb)
+    assert torch.equal(extract(extractor, images), extract(extractor, rgb))
+    direct = load_classifier(weights).features(from_uint8(images))
+    torch.testing.assert_close(extract(extractor, images), direct.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_fidelity_measures_the_same_with_our_extractor(
+    extractor: Extractor, weights: Path, digits: ImageSet
+) -> None:
+    """torch-fidelity's own calculate_metrics, given the registered name, reaches the FID of our functions."""
+    import torch_fidelity
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images: torch.Tensor) -> None:
+            self.images = to_rgb(images)
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.images[index]
+
+    fake, real = digits.images[:600], digits.images[600:1400]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(fake),
+        input2=Images(real),
+        cuda=False,
+        fid=True,
+        prc=True,
+        feature_extractor=CLASSIFIER,
+        feature_extractor_weights_path=str(weights),
+        save_cpu_ram=True,
+        cache=False,
+        verbose=False,
+    )
+    result = evaluate(
+        extract(extractor, fake), make_reference(extractor, ImageSet(real, digits.labels[600:1400], "part"))
+    )
+    assert result.fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)  # theirs takes float32 moments
+    assert result.precision == pytest.approx(theirs["precision"], abs=2e-3)  # float32 distances
+    assert result.recall == pytest.approx(theirs["recall"], abs=2e-3)
+    assert result.samples == 600
+
+
+@pytest.mark.slow
+def test_inception_goes_the_same_way(tmp_path: Path, digits: ImageSet) -> None:
+    """The real network with random weights: create, extract, and refuse a pickle in the weights' place."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
+
+    fetch = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+    torch.manual_seed(0)
+    with mock.patch(fetch, return_value={}), mock.patch.object(Inception, "load_state_dict"):
+        network = Inception("inception-v3-compat", ["2048"])
+    path = tmp_path / "inception.pth"
+    torch.save(network.state_dict(), path)
+    inception = create_extractor("inception-v3-compat", path)
+    assert inception.identity.layer == "2048"
+    features = extract(inception, digits.images[:4], batch=2)
+    torch.testing.assert_close(features, network(to_rgb(digits.images[:4]))[0], rtol=1e-4, atol=1e-5)
+
+
+class Unpickled(Exception):
+    pass
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return Unpickled, ("this file was unpickled",)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
+    torch.save({"weights": Trap()}, path)
+    with pytest.raises(ValueError, match="no tensors-only weights file"):
+        create_extractor("inception-v3-compat", path)
+
+
+def test_reference_survives_the_disk(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
+    reference = make_reference(extractor, digits)
+    reference.save(tmp_path)
+    loaded = load_reference(tmp_path, extractor.identity, "digits")
+    for name in ("features", "mean", "cov"):
+        assert torch.equal(getattr(loaded, name), getattr(reference, name))
+    assert (loaded.count, loaded.dataset_sha256) == (1797, digits.digest)
+    fake = extract(extractor, digits.images[:500])
+    result = evaluate(fake, loaded)
+    assert (result.fid, result.fid_se) == frechet_with_error(fake, Moments.of(reference.features))
+    assert (result.precision, result.recall) == precision_recall(reference.features, fake, 3)
+    assert evaluate(fake, loaded, neighbours=1).recall < result.recall
+
+
+def test_a_reference_that_does_not_fit_is_refused(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
+    make_reference(extractor, digits).save(tmp_path / "reference")
+    other_weights = tmp_path / "other.safetensors"
+    save_classifier(train_classifier(seed=1, steps=5), other_weights)
+    with pytest.raises(ValueError, match="other weights of scm-classifier"):
+        load_reference(tmp_path / "reference", create_extractor(CLASSIFIER, other_weights).identity)
+    with pytest.raises(ValueError, match="not scm-classifier/logits"):
+        load_reference(tmp_path / "reference", create_extractor(CLASSIFIER, other_weights, "logits").identity)
+    with pytest.raises(ValueError, match="of dataset digits, not mnist5k"):
+        load_reference(tmp_path / "reference", dataset="mnist5k")
+    with pytest.raises(ValueError, match="must have 64 dimensions"):
+        evaluate(torch.zeros(10, 32), load_reference(tmp_path / "reference"))
+
+
+def test_a_damaged_reference_is_refused(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
+    reference = make_reference(extractor, digits)
+    tensors, index = tmp_path / "reference.safetensors", tmp_path / "reference.json"
+    with pytest.raises(FileNotFoundError, match=r"reference\.json is missing"):
+        load_reference(tmp_path)
+    reference.save(tmp_path)
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        load_reference(tmp_path)
+    reference.save(tmp_path)
+    index.write_text(index.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"reference\.json is corrupt"):
+        load_reference(tmp_path)
+    reference.save(tmp_path)
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"count": 49_999}))
+    with pytest.raises(ValueError, match="holds 1797 images"):
+        load_reference(tmp_path)
+
+
+def test_bad_weights_and_names_are_refused(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown extractor 'resnet'"):
+        create_extractor("resnet", weights)
+    with pytest.raises(ValueError, match="no layer 'pool'"):
+        create_extractor(CLASSIFIER, weights, "pool")
+    with pytest.raises(FileNotFoundError, match="needs its weights there"):
+        create_extractor(CLASSIFIER, tmp_path / "nothing")
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated or no safetensors"):
+        create_extractor(CLASSIFIER, short)
+    with pytest.raises(ValueError, match="power of two"):
+        Classifier(resolution=24)
+
+
+def test_bad_images_are_refused(extractor: Extractor) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        extract(extractor, torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="N ≥ 1"):
+        extract(extractor, torch.zeros(0, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="images must be"):
+        extract(extractor, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="1 or 3"):
+        extract(extractor, torch.zeros(2, 2, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="NaN"):
+        extract(lambda x: torch.full((len(x), 4), torch.nan), torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_rounding_to_uint8() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+    assert torch.equal(to_uint8(from_uint8(levels) + 0.9 / 255), levels)  # 0.45 levels: truncation passes the first …
+    assert torch.equal(to_uint8(from_uint8(levels) - 0.9 / 255), levels)  # … and not this one
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    with pytest.raises(ValueError, match="NaN"):
+        to_uint8(torch.tensor([torch.nan]))
+    with pytest.raises(ValueError, match="floating point"):
+        to_uint8(levels)
+
+
+def test_torch_fidelity_imports_in_a_fresh_process() -> None:
+    code = "import scm_core.evaluate.extractors, torchvision, torch_fidelity; print(torchvision.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_torchvision_that_loads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_library", None)
+    monkeypatch.setattr(compat, "_operators_load", lambda package: True)
+    monkeypatch.setattr(torch.library, "Library", mock.Mock(side_effect=AssertionError("schemas were defined")))
+    assert compat.prepare_torchvision() is False
