@@ -13,6 +13,7 @@ sys.path.insert(0, workflow.basedir)
 from pipeline import registry
 from pipeline.errors import PipelineError, RegistryError, suggestion
 from pipeline.params import load
+from pipeline.stale import clear_stale_locks
 
 
 def read_config():
@@ -39,6 +40,7 @@ try:
     jobs = registry.jobs(params)
 except PipelineError as error:
     sys.exit(f"error: {error}")
+clear_stale_locks(Path.cwd())
 
 
 def job_of(stage, wildcards):
@@ -83,7 +85,7 @@ for stage in dict.fromkeys(job.stage for job in jobs):
             command=lambda wildcards, stage=stage: job_of(stage, wildcards).command,
         log:
             # Written by the job itself; named here so that Snakemake shows it when the job fails.
-            "-".join([f"runs/{params.scale}/.logs/{stage}", *(f"{{{axis}}}" for axis in registry.STAGES[stage].axes)]) + ".log",
+            f"runs/{params.scale}/.logs/{'-'.join([stage, *(f'{{{a}}}' for a in registry.STAGES[stage].axes)])}.log",
         threads: partial(resource_of, stage, "threads")
         resources:
             mem_mb=partial(resource_of, stage, "memory_mb"),

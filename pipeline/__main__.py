@@ -10,9 +10,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from pipeline.errors import PipelineError, RegistryError, suggestion
+from pipeline.cli import Parser, axis_values
+from pipeline.errors import PipelineError, suggestion
 
 # Commands that take their arguments themselves: `pipeline.<name>.main(argv) -> int`.
 MODULES = {
@@ -23,13 +23,6 @@ MODULES = {
     "watch": "run a command and show the progress of the jobs that it starts",
     "sync": "make what one engine has made known to the other (DVC, Snakemake)",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise PipelineError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,19 +64,6 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in commands:
         raise PipelineError(f"{command}: unknown command; {suggestion(command, rows, 'commands')}")
     return commands[command](arguments[1:])
-
-
-def axis_values(words: Sequence[str]) -> dict[str, str]:
-    """The `axis=value` words of a command line as a dictionary."""
-    axes: dict[str, str] = {}
-    for word in words:
-        axis, equals, value = word.partition("=")
-        if not (axis and equals and value):
-            raise RegistryError(f"{word}: not of the form axis=value; write for example size=S")
-        if axis in axes:
-            raise RegistryError(f"{axis}: is given twice ({axis}={axes[axis]} and {word}); give it once")
-        axes[axis] = value
-    return axes
 
 
 def _run(argv: list[str]) -> int:

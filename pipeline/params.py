@@ -182,7 +182,11 @@ def _sentence(error: ValidationError, data: Any) -> str:
     template = _SENTENCES.get(kind)
     if template is None:  # a kind of check that is new here: pydantic's own words
         return f"{key}: {_one_line(first['msg'])}, got {_got(got)}"
-    context = {name: value for name, value in context.items() if isinstance(value, (str, int, float))}
+    context = {
+        name: f"{value:g}" if isinstance(value, float) else value
+        for name, value in context.items()
+        if isinstance(value, (str, int, float))
+    }
     return f"{key}: {_one_line(template.format(**{**context, 'got': _got(got)}))}"
 
 
