@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # The pipeline for Snakemake: one rule for each stage of pipeline/registry.py.
 #
 #   snakemake --profile cluster/local                          # reports/table2.csv, table2.md, figure2.png

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `python -m pipeline COMMAND …`, the one entry point of both engines and of people.
 
 Modules of a command are imported when it runs: a waiting `run` process has to stay small (no torch, no MLflow).

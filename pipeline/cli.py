@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands of `python -m pipeline` share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each kind of job needs: threads, memory, a time limit, and an estimate of its time and disk.
 
 The estimates count multiplications and scale measurements of the demo on one CPU thread; `python -m pipeline plan`

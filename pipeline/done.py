@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which jobs are done: their outputs lie there and were made from the present parameters and inputs."""
 
 from __future__ import annotations

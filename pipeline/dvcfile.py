@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dvc.yaml as generated from the registry: one DVC stage for each job, with `${scale}` filled in by DVC.
 
 DVC replaces `${scale}` with the value in params.yaml or of `dvc exp run -S scale=smoke`, so the file serves every scale

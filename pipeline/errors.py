@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors that the command line reports as one sentence, without a traceback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage and a job are: a `Stage` at one `Point` of its axes is a `Job`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of params.yaml as frozen, validated models: sizes, slots, scales.
 
 The override sections of a size (`sizes.S.teacher`, `sizes.S.students.scd`) are merged over the slot's sections

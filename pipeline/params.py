@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read params.yaml into validated models, and say in one sentence what is wrong with it.
 
 `load()` is the only way in. The models are in `pipeline.models` and re-exported here. The file is read as YAML 1.2

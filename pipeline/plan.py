@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline plan [TARGET]`: the jobs that are left to do, with estimated time and disk."""
 
 from __future__ import annotations

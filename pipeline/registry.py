@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every stage of the pipeline, declared once; both engines and the command line read it here.
 
 A `Stage` expanded over its axes (slot, size, method) gives `Job`s. `jobs(params)` lists a scale's jobs in topological

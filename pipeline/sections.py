@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sections of params.yaml that stand for themselves: data, networks, training, evaluation.
 
 Every number is required: params.yaml is where numbers live, so the models have no defaults for them. Types are strict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Remove the lock that a killed Snakemake leaves behind, so that the same command simply goes on.
 
 Snakemake's lock files do not say who made them: after `kill -9` every later call stops with "directory cannot be

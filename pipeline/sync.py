@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline sync`: what one engine has made becomes known to the other, so that it finds nothing to do.
 
 After Snakemake, DVC has no hashes in dvc.lock; after `dvc repro`, Snakemake has no dates and no settings on record.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from pipeline import paths, registry
 from pipeline.cli import Parser
@@ -28,15 +30,18 @@ def main(argv: list[str]) -> int:
             f"{len(left)} of {len(state)} jobs of scale {params.scale} are not up to date, first {left[0]}; "
             "run `snakemake --profile cluster/local` or `dvc repro` first"
         )
-    engines = (
-        ("dvc", "commit", "--force", "--quiet"),
+    _run(root, "dvc", "commit", "--force", "--quiet")
+    seen = _run(root, "snakemake", "--dry-run", "--cores", "1")
+    if "Nothing to be done" not in seen or "missing provenance" in seen:
         # Without --forceall, Snakemake leaves alone what looks new enough, and records no settings for it.
-        ("snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all"),
-    )
-    for words in engines:
-        done = subprocess.run([sys.executable, "-m", *words], cwd=root, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stdout + done.stderr, end="", file=sys.stderr)
-            raise PipelineError(f"`{' '.join(words)}` failed with exit code {done.returncode}; its words are above")
+        _run(root, "snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all")
     print(f"scale {params.scale}: {len(state)} jobs known to Snakemake and DVC")
     return 0
+
+
+def _run(root: Path, *words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout + done.stderr, end="", file=sys.stderr)
+        raise PipelineError(f"`{' '.join(words)}` failed with exit code {done.returncode}; its words are above")
+    return done.stdout + done.stderr
