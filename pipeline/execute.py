@@ -135,7 +135,8 @@ def _compute(
     stage = importlib.import_module(f"pipeline.stages.{job.stage}")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(job.resources.threads)
-    run = open_run(job, params, inputs, mark, launcher, job_id)
+    resumed = len((read_json(folder / "state.json") or {}).get("attempts", [])) > 1
+    run = open_run(job, params, inputs, mark, launcher, job_id, resumed)
     try:
         context = Context(
             job=job,
@@ -152,11 +153,16 @@ def _compute(
         stage.run(context)
         _check(job, folder / "out")
         made = manifest.build(job, params, inputs, mark, folder / "out")
+        write_json(folder / "out" / paths.MANIFEST, made)
         ended = time.time()
         seconds = round(ended - started, 3)
-        run.finish(made, {"seconds": seconds})
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_PER_MB)
+        run.finish(folder / "out" / paths.MANIFEST, {"seconds": seconds, "peak_memory_mb": memory})
     except BaseException as error:
-        run.fail("FAILED" if isinstance(error, Exception) else "KILLED", f"{type(error).__name__}: {error}")
+        # SystemExit is how submitit's requeue leaves: the same run goes on later.
+        ends = {Exception: "FAILED", SystemExit: "SCHEDULED"}
+        status = next((status for kind, status in ends.items() if isinstance(error, kind)), "KILLED")
+        run.fail(status, f"{type(error).__name__}: {error}")
         raise
     process = read_json(folder / "process.json") or {}
     record = {
@@ -165,7 +171,7 @@ def _compute(
         "stage": job.stage,
         "fingerprint": mark,
         "mlflow_run": run.run_id,
-        "git": run.git,
+        "git": dict(run.git),
         "launcher": launcher,
         "job_id": job_id,
         "host": process.get("host"),
@@ -174,10 +180,11 @@ def _compute(
         "seconds": seconds,
         "cpu_seconds": round(time.process_time() - cpu, 3),
         "attempts": len((read_json(folder / "state.json") or {}).get("attempts", [])),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_PER_MB),
+        "peak_memory_mb": memory,
         "threads": job.resources.threads,
     }
-    publish.stage_result(job, made, record)
+    publish.stage_result(job, mark, record)
+    run.close()
 
 
 # The kernel counts in kilobytes on Linux and in bytes on macOS.

@@ -9,7 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 
 def canonical(value: Any) -> str:
@@ -68,8 +68,11 @@ def fsync_tree(folder: Path) -> None:
 class Lock:
     """A POSIX lock on a file, freed by the kernel when the process dies; works across hosts where the file system does.
 
-    Open each lock file in one place of a process only: closing any descriptor of a file drops its POSIX locks.
+    Closing any descriptor of a file drops its POSIX locks, so a process opens each lock file once: `is_locked` knows
+    which ones this process holds.
     """
+
+    _held: ClassVar[set[Path]] = set()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,6 +87,7 @@ class Lock:
             fcntl.lockf(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
+        self._held.add(self.path)
         return True
 
     def release(self) -> None:
@@ -91,6 +95,7 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+            self._held.discard(self.path)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -103,7 +108,9 @@ class Lock:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock on `path`."""
+    """Whether this or another process holds the lock on `path`."""
+    if path in Lock._held:
+        return True
     if not path.exists():
         return False
     lock = Lock(path)

@@ -6,6 +6,7 @@ whoever asks for the same job next attaches to it by its ticket, or publishes wh
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -182,6 +183,7 @@ class Waiter:
             note = read_json(self.folder / publish.EXIT)
         if note is not None and note.get("attempt") == ticket.get("attempt") and note["status"] != "ok":
             raise PipelineError(note["message"])
+        mark_died()
         raise PipelineError(self._post_mortem(backend.cause(self.job, ticket), ticket))
 
     def _post_mortem(self, cause: str, ticket: dict[str, Any]) -> str:
@@ -196,6 +198,18 @@ class Waiter:
         where = f"log: {paths.relative(log)}" if lines else "it wrote no log"
         text = f"{self.job.name}: {cause}; run it again to resume from its last checkpoint ({where})"
         return text + "".join(f"\n  | {line}" for line in lines)
+
+
+def mark_died() -> None:
+    """Has the MLflow runs of dead processes marked, by a process of its own: this one stays small."""
+    if os.environ.get("SCM_TRACKING") == "off":
+        return
+    command = [sys.executable, "-c", "from pipeline.tracking import replay; replay()"]
+    try:
+        subprocess.run(command, cwd=paths.root(), timeout=60, capture_output=True, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        words = f"could not be marked in the tracking store ({type(error).__name__})"
+        print(f"warning: the run {words}; later: python -m pipeline status --replay", file=sys.stderr)
 
 
 def tail(log: "os.PathLike[str]", lines: int = TAIL_LINES) -> list[str]:

@@ -50,12 +50,11 @@ def published(job: "Job", mark: str) -> bool:
     return made is not None and made.get("fingerprint") == mark
 
 
-def stage_result(job: "Job", made: dict[str, Any], record: dict[str, Any]) -> None:
-    """Completes `out/`: manifest, everything on the disk, then the pointer that says so."""
+def stage_result(job: "Job", mark: str, record: dict[str, Any]) -> None:
+    """Declares `out/` complete: everything in it on the disk, then the pointer that says so."""
     folder = paths.job_folder(job)
-    write_json(folder / "out" / paths.MANIFEST, made)
     fsync_tree(folder / "out")
-    write_json(folder / RESULT, {"fingerprint": made["fingerprint"], "record": record}, durable=True)
+    write_json(folder / RESULT, {"fingerprint": mark, "record": record}, durable=True)
 
 
 def publish(job: "Job") -> None:

@@ -1,0 +1,179 @@
+"""Lineage: one MLflow run per execution, linked to the runs that made its inputs, whatever is killed or unreachable."""
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # every job imports MLflow
+
+ON = {"SCM_TRACKING": "on"}
+
+
+def query(repo: Any, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of the tracking database, read without MLflow."""
+    with sqlite3.connect(repo.root / "mlflow.db", timeout=30) as database:
+        return database.execute(sql).fetchall()
+
+
+def runs(repo: Any) -> dict[str, dict[str, Any]]:
+    """Every run by name: id, status, tags, params, metrics (key -> list of (step, value))."""
+    found: dict[str, dict[str, Any]] = {}
+    for uuid, name, status in query(repo, "SELECT run_uuid, name, status FROM runs ORDER BY start_time"):
+        assert name not in found, f"two runs are called {name}"
+        metrics: dict[str, list[tuple[int, float]]] = {}
+        for key, step, value in query(
+            repo, f"SELECT key, step, value FROM metrics WHERE run_uuid='{uuid}' ORDER BY step"
+        ):
+            metrics.setdefault(key, []).append((step, value))
+        found[name] = {
+            "id": uuid,
+            "status": status,
+            "tags": dict(query(repo, f"SELECT key, value FROM tags WHERE run_uuid='{uuid}'")),
+            "params": dict(query(repo, f"SELECT key, value FROM params WHERE run_uuid='{uuid}'")),
+            "metrics": metrics,
+            "inputs": query(
+                repo,
+                "SELECT d.name, d.digest FROM inputs i JOIN datasets d ON d.dataset_uuid = i.source_id "
+                f"WHERE i.destination_id='{uuid}'",
+            ),
+        }
+    return found
+
+
+def one(found: dict[str, dict[str, Any]], stage: str) -> dict[str, Any]:
+    """The only run of a stage."""
+    return next(run for name, run in found.items() if run["tags"].get("scm.stage") == stage)
+
+
+def record(repo: Any, name: str) -> dict[str, Any]:
+    """The record of a published job."""
+    return json.loads((repo.root / f"runs/tiny/.records/{name}.json").read_text())
+
+
+def test_a_chain_of_runs(repo: Any) -> None:
+    for stage in ("first", "second", "report"):
+        done = repo.run(stage, "inline", **ON)
+        assert (done.code, done.err) == (0, ""), done.err
+    found = runs(repo)
+    root, first, second, report = found["scm-tiny"], one(found, "first"), one(found, "second"), one(found, "report")
+    assert {run["status"] for run in found.values()} == {"FINISHED"}
+    assert first["tags"]["mlflow.parentRunId"] == root["id"]
+    assert second["tags"]["mlflow.parentRunId"] == first["id"]
+    assert report["tags"]["mlflow.parentRunId"] == second["id"]
+    assert second["metrics"]["loss"] == [(1, 0.5), (2, 0.25)]
+    assert second["params"] == {"seed": "0", "value": "1"}
+    assert second["tags"]["kind"] == "fake"
+    assert second["tags"]["scm.input.first"] == record(repo, "first")["run"]
+    assert second["inputs"] == [(record(repo, "first")["run"], second["inputs"][0][1])]
+    assert record(repo, "second")["mlflow_run"] == second["id"]
+    assert list(repo.root.glob("mlartifacts/scm-tiny/*/artifacts/tables/size.txt"))
+    assert list((repo.root / "runs/tiny").glob(".lineage/*")) == []
+    assert query(repo, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_a_killed_job_keeps_its_run(repo: Any) -> None:
+    repo.run("first", "inline")
+    job = repo.start("steps", "inline", **ON)
+    header = repo.root / "runs/tiny/.lineage/steps/run.json"
+    repo.wait_for(lambda: header.exists() and json.loads(header.read_text())["mlflow_run"], 40)
+    before = json.loads(header.read_text())["mlflow_run"]
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert one(runs(repo), "steps")["status"] == "RUNNING"
+    done = repo.run("steps", "inline", **ON)
+    assert done.code == 0, done.err
+    run = one(runs(repo), "steps")
+    assert (run["id"], run["status"]) == (before, "FINISHED")
+    # Every step once, also those that the killed attempt had recorded after its last checkpoint.
+    assert [step for step, _ in run["metrics"]["loss"]] == [64 * step for step in range(1, 31)]
+
+
+def test_a_run_that_died_is_marked_by_the_next_job(repo: Any) -> None:
+    job = repo.start("sleeper", "inline", **ON)
+    header = repo.root / "runs/tiny/.lineage/sleeper/run.json"
+    repo.wait_for(lambda: header.exists() and json.loads(header.read_text())["mlflow_run"], 40)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert repo.run("first", "inline", **ON).code == 0
+    run = one(runs(repo), "sleeper")
+    assert run["status"] == "KILLED"
+    assert "died" in run["tags"]["scm.failure"]
+
+
+def test_failed_and_cancelled_runs_are_marked(repo: Any) -> None:
+    assert repo.run("broken", "inline", **ON).code == 1
+    job = repo.start("sleeper", "inline", **ON)
+    header = repo.root / "runs/tiny/.lineage/sleeper/run.json"
+    repo.wait_for(lambda: header.exists() and json.loads(header.read_text())["mlflow_run"], 40)
+    job.terminate()
+    assert job.wait(timeout=30) == 130
+    found = runs(repo)
+    assert one(found, "broken")["status"] == "FAILED"
+    assert "missing thing" in one(found, "broken")["tags"]["scm.failure"]
+    assert one(found, "sleeper")["status"] == "KILLED"
+
+
+def test_a_job_that_dies_hard_is_marked_by_its_waiter(repo: Any) -> None:
+    assert repo.run("dying", "local", timeout=90, **ON).code == 1
+    assert one(runs(repo), "dying")["status"] == "KILLED"
+
+
+def test_records_are_replayed_when_the_store_is_back(repo: Any) -> None:
+    away = {**ON, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    started = time.monotonic()
+    for stage in ("first", "second"):
+        done = repo.run(stage, "inline", **away)
+        assert done.code == 0
+        assert "records are kept" in done.err
+    assert time.monotonic() - started < 60
+    assert record(repo, "second")["mlflow_run"] is None
+    replayed = repo.python("from pipeline.tracking import replay; print(replay())", **ON)
+    assert replayed.code == 0, replayed.err
+    found = runs(repo)
+    first, second = one(found, "first"), one(found, "second")
+    assert second["tags"]["mlflow.parentRunId"] == first["id"]
+    assert (first["status"], second["status"]) == ("FINISHED", "FINISHED")
+    assert second["metrics"]["loss"] == [(1, 0.5), (2, 0.25)]
+    assert record(repo, "second")["mlflow_run"] == second["id"]
+    assert list((repo.root / "runs/tiny").glob(".lineage/*")) == []
+
+
+def test_a_locked_database_stops_nothing(repo: Any) -> None:
+    assert repo.run("first", "inline", **ON).code == 0
+    with sqlite3.connect(repo.root / "mlflow.db") as database:
+        database.execute("BEGIN EXCLUSIVE")
+        done = repo.run("second", "inline", timeout=90, **ON)
+        database.rollback()
+    assert done.code == 0
+    assert (repo.root / "runs/tiny/second/size.txt").exists()
+    assert repo.python("from pipeline.tracking import replay; print(replay())", **ON).code == 0
+    assert one(runs(repo), "second")["metrics"]["loss"] == [(1, 0.5), (2, 0.25)]
+
+
+def test_jobs_that_start_together_share_one_root(repo: Any) -> None:
+    jobs = [repo.start(stage, "inline", **ON) for stage in ("first", "silent", "broken")]
+    for job in jobs:
+        job.wait(timeout=90)
+    found = runs(repo)
+    assert len(found) == 4
+    assert {run["tags"].get("mlflow.parentRunId") for run in found.values()} == {None, found["scm-tiny"]["id"]}
+
+
+def test_nothing_reaches_for_the_network(repo: Any) -> None:
+    """Every connection attempt of a job is an error here."""
+    (repo.root / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def refuse(self, address):\n"
+        "    if self.family != socket.AF_UNIX:\n"
+        "        open('connections', 'a').write(f'{address}\\n')\n"
+        "        raise OSError('no network here')\n"
+        "socket.socket.connect = refuse\n"
+    )
+    assert repo.run("first", "inline", **ON).code == 0
+    assert not Path(repo.root / "connections").exists()
