@@ -180,8 +180,8 @@ class Waiter:
                 return
             if not self.folder.exists() and publish.published(self.job, mark):
                 return  # another waiter was quicker
-            note = read_json(self.folder / publish.EXIT)
-        if note is not None and note.get("attempt") == ticket.get("attempt") and note["status"] != "ok":
+            note = publish.exit_note(self.job, ticket)
+        if note is not None and note["status"] != "ok":
             raise PipelineError(note["message"])
         mark_died()
         raise PipelineError(self._post_mortem(backend.cause(self.job, ticket), ticket))

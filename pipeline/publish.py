@@ -7,6 +7,7 @@ asks for it), and it must not import torch or MLflow.
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,12 @@ def staged(job: "Job", mark: str) -> bool:
     folder = paths.job_folder(job)
     result = read_json(folder / RESULT)
     return result is not None and result.get("fingerprint") == mark and (folder / "out" / paths.MANIFEST).is_file()
+
+
+def exit_note(job: "Job", ticket: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the attempt of a ticket ended, if it left word; a ticket without attempt (found again) takes any note."""
+    note = read_json(paths.job_folder(job) / EXIT)
+    return note if note is not None and ticket.get("attempt") in (None, note.get("attempt")) else None
 
 
 def published(job: "Job", mark: str) -> bool:

@@ -1,0 +1,132 @@
+"""`python -m pipeline status`: what is done, running (with rate and ETA), waiting, failed or stale."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import paths, registry
+from pipeline.cli import Parser
+from pipeline.done import OUTDATED, states
+from pipeline.files import is_alive, is_locked, read_json
+from pipeline.job import Job
+from pipeline.params import PARAMS_FILE, Params, load
+from pipeline.plan import duration, estimate, makespan
+from pipeline.progress import describe
+from pipeline.publish import RESULT, exit_note
+
+DONE, RUNNING, QUEUED, WAITING, FAILED, STALE = "done", "running", "queued", "waiting", "failed", "stale"
+STATES = (DONE, RUNNING, QUEUED, WAITING, FAILED, STALE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job as it stands."""
+
+    job: Job
+    state: str
+    detail: str
+    left_s: float
+    """Expected seconds until it is done; 0 for a job that is."""
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+def survey(params: Params, jobs: Sequence[Job] | None = None) -> list[Row]:
+    """Every job of the active scale, in topological order; reads small files only."""
+    everything = registry.jobs(params) if jobs is None else jobs
+    made = states(everything, params)
+    return [_row(job, made[job.name]) for job in everything]
+
+
+def active(job: Job) -> str | None:
+    """Whether a job runs or is submitted now, by its lock, its process and its ticket."""
+    if is_locked(paths.lock_file(job, "run")):
+        return RUNNING
+    ticket = read_json(paths.job_folder(job) / "ticket.json")
+    if ticket is None or exit_note(job, ticket) is not None:
+        return None
+    if ticket["launcher"] == "slurm":
+        return QUEUED  # or lost: only the scheduler knows, and asking it takes time; `run` finds out
+    return QUEUED if is_alive(ticket) else None
+
+
+def _row(job: Job, made: str) -> Row:
+    folder = paths.job_folder(job)
+    expected = estimate(job).seconds
+    running = active(job)
+    if running:
+        progress = read_json(folder / "progress.json") or {}
+        attempts = (read_json(folder / "state.json") or {}).get("attempts", [])
+        passed = time.time() - attempts[-1] if attempts else 0.0
+        left = progress.get("eta_s") if progress else None
+        detail = describe("", progress)[2:] if progress else "starting"
+        return Row(job, running, detail, max(0.0, expected - passed) if left is None else left, progress)
+    if made == DONE:
+        seconds = (read_json(paths.record_file(job)) or {}).get("seconds")
+        return Row(job, DONE, "" if seconds is None else f"took {duration(seconds)}", 0.0)
+    if (folder / RESULT).exists():
+        return Row(job, WAITING, "computed; the next run publishes it", 1.0)
+    note = read_json(folder / "exit.json")
+    if note is not None and note["status"] == "error":
+        return Row(job, FAILED, note["message"].removeprefix(f"{job.name}: "), expected)
+    if note is None and (folder / "process.json").exists():
+        return Row(job, FAILED, "its process died without a word; the next run resumes it", expected)
+    if made == OUTDATED:
+        return Row(job, STALE, "made with other parameters or inputs", expected)
+    resumes = (folder / "state.json").exists() and any((folder / "work").glob("*"))
+    return Row(job, WAITING, "resumes from its checkpoint" if resumes else "", expected)
+
+
+def remaining(rows: Sequence[Row], cores: int) -> float:
+    """Seconds until everything is done on this many cores."""
+    left = [row for row in rows if row.state != DONE]
+    return makespan([row.job for row in left], {row.job.name: row.left_s for row in left}, cores)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table; exit status 1 when a job has failed."""
+    parser = Parser(prog="python -m pipeline status", description=__doc__)
+    parser.add_argument("--scale", help="default: that of params.yaml")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="default: those of this machine")
+    parser.add_argument(
+        "--replay", action="store_true", help="first send what the tracking store missed, and mark runs that died"
+    )
+    options = parser.parse_args(list(argv))
+    params = load(paths.root() / PARAMS_FILE, options.scale)
+    code = _replay() if options.replay else 0
+    rows = survey(params)
+    width = max((len(row.job.name) for row in rows), default=0)
+    for row in rows:
+        print(f"{row.job.name:{width}}  {row.state:8} {row.detail}".rstrip())
+    counts = {state: sum(row.state == state for row in rows) for state in STATES}
+    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    print(f"\nscale {params.scale}: {len(rows)} jobs: {words}")
+    if counts[DONE] < len(rows):
+        cores = max(1, options.cores)
+        print(f"about {duration(remaining(rows, cores))} left on {cores} core{'s' * (cores > 1)}")
+    pending = sum(
+        not is_locked(paths.lock_file(job, "run"))
+        for job in (row.job for row in rows)
+        if (paths.runs(params.scale) / ".lineage" / job.name).exists()
+    )
+    if pending:
+        print(f"{pending} runs have records that the tracking store has not got: python -m pipeline status --replay")
+    return 1 if counts[FAILED] else code
+
+
+def _replay() -> int:
+    from pipeline.tracking import replay, uri
+
+    try:
+        lines = replay()
+    except Exception as error:
+        # Whatever a store that is away makes its client raise: one sentence, and the records stay.
+        words = " ".join(str(error).split())[:200]
+        print(f"error: {uri()}: the tracking store does not answer ({words}); try again later", file=sys.stderr)
+        return 1
+    for line in lines:
+        print(line)
+    print(f"tracking store: {len(lines)} runs brought up to date\n")
+    return 0
