@@ -77,8 +77,8 @@ class Point:
         return self.inputs("latents" if self.slot.vae else "dataset")
 
     def decoder(self) -> dict[str, Path]:
-        """What turns latents into images, where there are latents."""
-        return self.inputs("vae") if self.slot.vae else {}
+        """What turns latents into images, where there are latents: the VAE, and the latents' scaling."""
+        return self.inputs("latents", "vae") if self.slot.vae else {}
 
     def model(self) -> dict[str, Path]:
         """The network of this size and method."""

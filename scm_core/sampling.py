@@ -96,21 +96,36 @@ def sample_diffusion(net: Net, z: Tensor, steps: int, sigma_data: float, solver:
 
 @torch.no_grad()
 def sample_consistency(
-    net: Net, z: Tensor, times: Sequence[float], sigma_data: float, generator: torch.Generator | None = None, noise: Sequence[Tensor] = ()
+    net: Net,
+    z: Tensor,
+    times: Sequence[float],
+    sigma_data: float,
+    generator: torch.Generator | None = None,
+    noise: Sequence[Tensor] = (),
 ) -> Tensor:
     """x0 from noise z ~ N(0, σ_d² I) of shape (B, …) by consistency sampling at descending `times` (§5.2): one step for each.
 
     Starts at x = sin(t_max) z and at each further time t re-noises, x_t = cos(t) x̂0 + sin(t) z', with z' from `noise` (one tensor for each
     further time) or drawn with `generator`. Raises ValueError for times that do not descend within (0, π/2].
     """
-    if not times or not all(0 < b < a for a, b in zip(times[:-1], times[1:], strict=True)) or not 0 < times[0] <= math.pi / 2:
+    if (
+        not times
+        or not all(0 < b < a for a, b in zip(times[:-1], times[1:], strict=True))
+        or not 0 < times[0] <= math.pi / 2
+    ):
         raise ValueError(f"times: expected descending numbers in (0, π/2], got {tuple(times)}")
     if noise and len(noise) != len(times) - 1:
-        raise ValueError(f"noise: expected {len(times) - 1} tensors, one for each time after the first, got {len(noise)}")
+        raise ValueError(
+            f"noise: expected {len(times) - 1} tensors, one for each time after the first, got {len(noise)}"
+        )
     x = math.sin(times[0]) * z
     for i, t in enumerate(times):
         if i:
-            fresh = noise[i - 1] if noise else sigma_data * torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+            fresh = (
+                noise[i - 1]
+                if noise
+                else sigma_data * torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+            )
             x = math.cos(t) * x + math.sin(t) * fresh
         tb = x.new_full((x.shape[0],), t)
         x = consistency_function(net(x / sigma_data, tb), x, tb, sigma_data)
@@ -124,7 +139,9 @@ class Guided:
     the conditional network itself). `guidance=None` asks for the plain conditional network.
     """
 
-    def __init__(self, net: Callable[..., Tensor], labels: Tensor | None, guidance: float | None = None, student: bool = False) -> None:
+    def __init__(
+        self, net: Callable[..., Tensor], labels: Tensor | None, guidance: float | None = None, student: bool = False
+    ) -> None:
         self.nfe = 0
         self.passes = 1
         if guidance is None:

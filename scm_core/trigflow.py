@@ -16,7 +16,9 @@ SIGMA_MIN = 0.002  # the smallest one of EDM's grid
 def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
     """Return t of shape (B,) as (B, 1, …, 1), to broadcast once against x of shape (B, …)."""
     if t.shape != x.shape[:1]:
-        raise ValueError(f"t: expected shape ({x.shape[0]},) to match x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
+        raise ValueError(
+            f"t: expected shape ({x.shape[0]},) to match x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
+        )
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 

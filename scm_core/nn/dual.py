@@ -153,7 +153,9 @@ def chunk(x: Maybe, parts: int, dim: int = 1) -> tuple[Maybe, ...]:
     """Split into equal parts."""
     if not isinstance(x, Dual):
         return x.chunk(parts, dim=dim)
-    return tuple(Dual(v, d) for v, d in zip(x.value.chunk(parts, dim=dim), x.tangent.chunk(parts, dim=dim), strict=True))
+    return tuple(
+        Dual(v, d) for v, d in zip(x.value.chunk(parts, dim=dim), x.tangent.chunk(parts, dim=dim), strict=True)
+    )
 
 
 def rearrange(x: Maybe, function, *args) -> Maybe:

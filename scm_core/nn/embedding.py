@@ -23,7 +23,9 @@ class PositionalEmbedding(nn.Module):
         if channels % 2 or channels < 4:
             raise ValueError(f"channels: expected an even number >= 4, got {channels}")
         half = channels // 2
-        self.register_buffer("frequencies", (1 / 10000) ** (torch.arange(half, dtype=torch.float64) / (half - 1)), persistent=False)
+        self.register_buffer(
+            "frequencies", (1 / 10000) ** (torch.arange(half, dtype=torch.float64) / (half - 1)), persistent=False
+        )
 
     def forward(self, t: Maybe) -> Maybe:
         phase = dual.outer(t, self.frequencies.to(dual.value_of(t).dtype))

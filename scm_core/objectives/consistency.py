@@ -52,7 +52,9 @@ class ConsistencyObjective:
         F, g, norm = tangent(net, x_t, t, dxdt, self.sigma_data, r, self.normalize, self.c)
         logvar = self.logvar(t)
         loss = scm_loss(F, F.detach(), g, logvar)
-        return Terms(loss, {"tangent_norm": norm.mean(), "tangent_norm_max": norm.max(), "logvar": logvar.detach().mean()})
+        return Terms(
+            loss, {"tangent_norm": norm.mean(), "tangent_norm_max": norm.max(), "logvar": logvar.detach().mean()}
+        )
 
 
 class _Conditioned:

@@ -56,7 +56,9 @@ def train(
             scalars = {key: float(total) / count for key, total in sums.items()}
             scalars["images_per_second"] = count * settings.batch / (now - since)
             if state.skipped > skipped:
-                hooks.message(f"iteration {state.iteration}: {state.skipped - skipped} steps with a non-finite loss or gradient were not applied")
+                hooks.message(
+                    f"iteration {state.iteration}: {state.skipped - skipped} steps with a non-finite loss or gradient were not applied"
+                )
             scalars["skipped_steps"] = float(state.skipped)
             hooks.log(state.nimg, scalars)
             hooks.progress(state.iteration, scalars)

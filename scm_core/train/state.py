@@ -71,15 +71,25 @@ class TrainState:
         for module in self.modules().values():
             for parameter in module.parameters():
                 zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                self.optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": zeros,
+                    "exp_avg_sq": zeros.clone(),
+                }
         own = self.tensors()
         if missing := sorted(own.keys() - tensors.keys()):
-            raise CheckpointError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all); it was made by another network or version")
+            raise CheckpointError(
+                f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all); it was made by another network or version"
+            )
         if extra := sorted(tensors.keys() - own.keys()):
-            raise CheckpointError(f"{source}: tensor {extra[0]!r} is unknown here ({len(extra)} in all); it was made by another network or version")
+            raise CheckpointError(
+                f"{source}: tensor {extra[0]!r} is unknown here ({len(extra)} in all); it was made by another network or version"
+            )
         for key, value in own.items():
             if value.shape != tensors[key].shape:
-                raise CheckpointError(f"{source}: tensor {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}")
+                raise CheckpointError(
+                    f"{source}: tensor {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+                )
             value.copy_(tensors[key])
         self.iteration, self.nimg = int(meta["iteration"]), int(meta["nimg"])
         self.skipped, self.skipped_in_a_row = int(meta["skipped"]), int(meta["skipped_in_a_row"])

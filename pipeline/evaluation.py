@@ -1,0 +1,149 @@
+"""The guidance sweep of one model: select on one set of samples, measure again on a fresh one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.context import Context
+from pipeline.files import read_json, write_json
+from pipeline.modelling import MODEL, load_decoder, student_samples, teacher_samples
+from scm_core.evaluate import load_reference
+from scm_core.evaluate.extractors import CLASSIFIER, create_extractor
+from scm_core.evaluate.protocol import evaluate, extract
+from scm_core.nn.build import Model, load_model
+from scm_core.sampling import diffusion_nfe
+from scm_core.seeds import sample_noise
+from scm_core.trigflow import t_max
+
+SELECT, REPORT = "select", "report"
+FIELDS = ("phase", "steps", "guidance", "nfe", "samples", "first_index", "fid", "fid_se", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number to measure: `steps` of the model's sampler at a guidance scale (None: the model has none)."""
+
+    phase: str
+    steps: int
+    guidance: float | None
+    samples: int
+    first_index: int
+
+    @property
+    def key(self) -> str:
+        """A file name for its result."""
+        return f"{self.phase}-{self.steps}-{self.guidance}-{self.samples}-{self.first_index}"
+
+
+Measure = Callable[[Point], dict[str, float]]
+
+
+def sweep(
+    steps: Sequence[int],
+    grid: Sequence[float] | None,
+    select: tuple[int, int],
+    report: tuple[int, int],
+    measure: Measure,
+) -> list[dict]:
+    """All rows of one model: for each number of steps every guidance scale of the grid on the selecting samples, then the scale with the
+    lowest FID, and scale 1, on the reporting samples. `select` and `report` are (number of samples, first index)."""
+    rows = []
+    for n in steps:
+        reported: Iterable[float | None] = [None]
+        if grid is not None:
+            selecting = [Point(SELECT, n, s, *select) for s in grid]
+            results = [measure(point) for point in selecting]
+            rows += [{**asdict(point), **result} for point, result in zip(selecting, results, strict=True)]
+            best = grid[min(range(len(grid)), key=lambda i: results[i]["fid"])]
+            reported = sorted({1.0, best})
+        for s in reported:
+            point = Point(REPORT, n, s, *report)
+            rows.append({**asdict(point), **measure(point)})
+    return rows
+
+
+def count_points(steps: Sequence[int], grid: Sequence[float] | None, select: int, report: int) -> int:
+    """The most samples that `sweep` may ask for, for a progress display."""
+    return len(steps) * (len(grid) * select + 2 * report if grid is not None else report)
+
+
+class Evaluator:
+    """Measures points of one model: noise and label from each sample's index, generate, decode, round, features, metrics.
+
+    Finished points are kept in the job's working folder, so that a killed evaluation goes on where it was.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.how = ctx, ctx.slot.evaluation
+        self.is_teacher = ctx.job.axes["method"] == "teacher"
+        self.model: Model = load_model(ctx.inputs["teacher" if self.is_teacher else "student"] / MODEL)
+        self.decode = load_decoder(ctx)
+        self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / "classifier.safetensors")
+        self.reference = load_reference(ctx.inputs["reference"], self.extractor.identity, ctx.slot.dataset.source)
+        self.steps = (self.how.teacher.steps,) if self.is_teacher else (1, 2)
+        guidable = ctx.slot.dataset.labels > 0 if self.is_teacher else self.model.config["guidance_input"]
+        self.grid = self.how.guidance if guidable else None
+        config = self.model.config
+        self.shape = (config["channels"], config["resolution"], config["resolution"])
+        most = count_points(self.steps, self.grid, self.how.select_samples, self.how.samples)
+        self.progress, self.done = ctx.progress(most, "img"), 0
+
+    def nfe(self, point: Point) -> int:
+        """Forward passes of the network for one sample; classifier-free guidance doubles the teacher's."""
+        if self.is_teacher:
+            return diffusion_nfe(self.how.teacher.solver, point.steps, guidance=point.guidance not in (None, 1.0))
+        return point.steps
+
+    def generate(self, indices: range, point: Point) -> Tensor:
+        """uint8 images of the samples with these indices."""
+        sigma_data = self.ctx.slot.sigma_data
+        labels = torch.tensor([i % max(self.ctx.slot.dataset.labels, 1) for i in indices])
+        z = sigma_data * sample_noise(indices, self.shape)
+        if self.is_teacher:
+            x0 = teacher_samples(self.ctx.slot, self.model.net, z, labels, point.guidance)
+        else:
+            times = (t_max(sigma_data), self.how.t_mid)[: point.steps]
+            fresh = [sample_noise(indices, self.shape, f"step {i}") for i in range(1, point.steps)]
+            x0 = student_samples(self.ctx.slot, self.model.net, z, labels, point.guidance, times, fresh)
+        return self.decode(x0)
+
+    def measure(self, point: Point) -> dict[str, float]:
+        """nfe, fid, fid_se, precision and recall at one point."""
+        kept = self.ctx.work / "points" / f"{point.key}.json"
+        result = read_json(kept)
+        if result is None:
+            features = []
+            for first in range(0, point.samples, self.how.batch):
+                indices = range(
+                    point.first_index + first, point.first_index + min(first + self.how.batch, point.samples)
+                )
+                features.append(extract(self.extractor, self.generate(indices, point)))
+                self.progress.update(self.done + first + len(indices))
+            numbers = evaluate(torch.cat(features), self.reference, self.how.neighbours)
+            result = {
+                "nfe": self.nfe(point),
+                **{key: getattr(numbers, key) for key in ("fid", "fid_se", "precision", "recall")},
+            }
+            kept.parent.mkdir(exist_ok=True)
+            write_json(kept, result)
+        self.done += point.samples
+        self.progress.update(self.done, fid=result["fid"])
+        name = f"{point.phase}/{point.steps}-step"
+        step = round(
+            100 * (point.guidance or 1.0)
+        )  # MLflow's steps are whole numbers: hundredths of the guidance scale
+        self.ctx.tracker.log_metrics(
+            step, {f"{name}/{key}": result[key] for key in ("fid", "fid_se", "precision", "recall")}
+        )
+        return result
+
+    def run(self) -> list[dict]:
+        """All rows of the sweep."""
+        select, report = (self.how.select_samples, self.how.select_seed), (self.how.samples, self.how.report_seed)
+        rows = sweep(self.steps, self.grid, select, report, self.measure)
+        self.progress.close()
+        return rows

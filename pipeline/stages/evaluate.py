@@ -1,0 +1,31 @@
+"""Stage evaluate: FID (with its standard error), precision and recall of one model over guidance and steps."""
+
+import json
+
+import pandas as pd
+
+from pipeline.context import Context
+from pipeline.evaluation import FIELDS, REPORT, Evaluator
+from scm_core.nn.build import count_parameters
+
+SWEEP, FACTS = "sweep.csv", "evaluation.json"
+
+
+def run(ctx: Context) -> None:
+    """Write sweep.csv (a row for each measured point) and evaluation.json (what was measured, and in which features)."""
+    evaluator = Evaluator(ctx)
+    table = pd.DataFrame(evaluator.run(), columns=list(FIELDS))
+    table.to_csv(ctx.out / SWEEP, index=False)
+    reference = evaluator.reference
+    facts = {
+        "run": ctx.run_id,
+        "model_run": evaluator.model.info["run"],
+        "params": count_parameters(evaluator.model.net),
+        "dataset": reference.dataset,
+        "reference_images": reference.count,
+        "features": f"{reference.extractor} ({reference.features.shape[1]}-d)",
+    }
+    (ctx.out / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    for row in table[table.phase == REPORT].itertuples():
+        ctx.tracker.set_tag(f"fid.{row.steps}-step.guidance-{row.guidance}", f"{row.fid:.4f} ± {row.fid_se:.4f}")
+    ctx.tracker.log_artifact(ctx.out / SWEEP)

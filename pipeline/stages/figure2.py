@@ -1,0 +1,75 @@
+"""Stage figure2: samples of teacher, sCD and sCT from the same noise, one row for each model and number of steps."""
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from pipeline.context import Context
+from pipeline.job import REPORT_SLOT
+from pipeline.modelling import MODEL, load_decoder, student_samples, teacher_samples
+from pipeline.tables import METHOD_NAMES, best_guidance
+from scm_core.nn.build import load_model
+from scm_core.seeds import sample_noise
+from scm_core.trigflow import t_max
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # after the backend is chosen
+
+
+def run(ctx: Context) -> None:
+    """Write figure2.png."""
+    slot = ctx.scale.slots[REPORT_SLOT]
+    wanted, how = slot.figure2, slot.evaluation
+    assert wanted is not None
+    decode = load_decoder(ctx)
+    labels = torch.tensor(wanted.labels)
+    indices = range(wanted.seed, wanted.seed + len(labels))
+    times = (t_max(slot.sigma_data), how.t_mid)
+    rows: list[tuple[str, Tensor]] = []
+    for size in slot.sizes:
+        for method in ("teacher", *sorted(slot.students)):
+            name = f"teacher-{size}" if method == "teacher" else f"student-{size}-{method}"
+            model = load_model(ctx.inputs[name] / MODEL)
+            shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
+            z = slot.sigma_data * sample_noise(indices, shape)
+            evaluation = ctx.inputs[f"evaluate-{size}-{method}"]
+            for steps in (how.teacher.steps,) if method == "teacher" else (1, 2):
+                scale = best_guidance(evaluation, steps)
+                if method == "teacher":
+                    x0, what = (
+                        teacher_samples(slot, model.net, z, labels, scale),
+                        f"{how.teacher.solver}, {steps} steps",
+                    )
+                else:
+                    fresh = [sample_noise(indices, shape, f"step {i}") for i in range(1, steps)]
+                    x0 = student_samples(slot, model.net, z, labels, scale, times[:steps], fresh)
+                    what = f"{steps} step{'s' * (steps > 1)}"
+                guidance = "unguided" if scale is None else f"guidance {scale:g}"
+                rows.append((f"{METHOD_NAMES[method]}-{size}\n{what}, {guidance}", decode(x0)))
+    figure = draw(rows, wanted.labels, f"{slot.dataset.source}, scale {ctx.job.scale}: same noise in each column")
+    figure.savefig(ctx.out / "figure2.png", dpi=150, metadata={"Software": None})
+    ctx.tracker.log_artifact(ctx.out / "figure2.png")
+
+
+def draw(rows: list[tuple[str, Tensor]], labels: tuple[int, ...], title: str) -> plt.Figure:
+    """A grid of images with a label for each row and each column's class on top."""
+    figure, axes = plt.subplots(
+        len(rows), len(labels), figsize=(1.9 + 0.62 * len(labels), 0.7 + 0.66 * len(rows)), squeeze=False
+    )
+    for line, (name, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7, labelpad=6)
+    for axis, label in zip(axes[0], labels, strict=True):
+        axis.set_title(f"class {label}", fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.subplots_adjust(
+        left=1.75 / figure.get_size_inches()[0],
+        right=0.995,
+        top=1 - 0.5 / figure.get_size_inches()[1],
+        bottom=0.005,
+        wspace=0.04,
+        hspace=0.04,
+    )
+    return figure

@@ -1,0 +1,28 @@
+"""Stage table2: Table 2 of the paper, every published row beside ours."""
+
+from pipeline import paths
+from pipeline.context import Context
+from pipeline.job import REPORT_SLOT
+from pipeline.tables import our_rows, table2, to_markdown
+
+
+def run(ctx: Context) -> None:
+    """Write table2.csv and table2.md."""
+    slot = ctx.scale.slots[REPORT_SLOT]
+    ours = []
+    for method in ("teacher", *slot.students):
+        for size in slot.sizes:
+            ours += our_rows(ctx.inputs[f"evaluate-{size}-{method}"], size, method, ctx.job.scale)
+    table = table2(paths.root() / "reports" / "paper" / "table2.csv", ours)
+    table.to_csv(ctx.out / "table2.csv", index=False)
+    how = slot.evaluation
+    notes = [
+        f"Rows headed *Ours* were measured on {slot.dataset.source} ({slot.dataset.resolution} × {slot.dataset.resolution}) in the features of a small classifier, "
+        "not in Inception's: they compare with each other, not with the published rows.",
+        "",
+        f"FID ± standard error of {how.samples} samples against the training images; guidance chosen on {how.select_samples} other samples "
+        f"from {', '.join(f'{s:g}' for s in how.guidance)}. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. NFE n x2: two passes for each guided evaluation.",
+    ]
+    (ctx.out / "table2.md").write_text(to_markdown(table, "Table 2", notes))
+    for name in ("table2.csv", "table2.md"):
+        ctx.tracker.log_artifact(ctx.out / name)

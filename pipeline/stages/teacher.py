@@ -1,0 +1,35 @@
+"""Stage teacher: train the diffusion model (paper §3, App. D)."""
+
+import math
+
+import torch
+
+from pipeline.context import Context
+from pipeline.modelling import grid_sampler, load_data, run_training, save_average, teacher_samples, train_settings
+from scm_core.nn.build import build_network
+from scm_core.nn.small import LogVarHead
+from scm_core.objectives.diffusion import DiffusionObjective
+from scm_core.seeds import derive_seed
+
+
+def run(ctx: Context) -> None:
+    """Write the averaged teacher and a grid of its samples (guidance 1)."""
+    slot, size = ctx.slot, ctx.job.axes["size"]
+    wanted = slot.teacher_for(size)
+    seed = derive_seed(ctx.scale.seed, ctx.job.name)
+    data = load_data(ctx)
+    config = {
+        **slot.sizes[size].network.model_dump(),
+        "channels": data.shape[0],
+        "resolution": data.shape[1],
+        "labels": slot.dataset.labels,
+        "dropout": wanted.dropout,
+    }
+    torch.manual_seed(derive_seed(seed, "init"))
+    net = build_network(config)
+    logvar = LogVarHead(bias=-2 * math.log(slot.sigma_data))  # F = 0 errs by σ_d² per element
+    objective = DiffusionObjective(net, logvar, slot.sigma_data, wanted.P_mean, wanted.P_std, wanted.label_dropout)
+    settings = train_settings(wanted, seed)
+    grids = grid_sampler(ctx, config, data, lambda net, z, labels: teacher_samples(slot, net, z, labels, None))
+    state = run_training(ctx, settings, net, {"logvar": logvar}, objective, data.batches(settings.batch, seed), grids)
+    save_average(ctx, state, config, sigma_data=slot.sigma_data)

@@ -1,0 +1,52 @@
+"""Stage vae: train the autoencoder that gives the latents."""
+
+import torch
+
+from pipeline.context import Context
+from pipeline.grids import save_grid
+from pipeline.modelling import VAE_FILE, run_training, train_settings
+from scm_core.data import BatchOrder, from_uint8, load_images, to_uint8
+from scm_core.nn.build import build_network, save_model
+from scm_core.objectives import Batch, Terms
+from scm_core.seeds import derive_seed
+from scm_core.vae import vae_loss
+
+
+def run(ctx: Context) -> None:
+    """Write the VAE's weights and a picture of images above their reconstructions."""
+    wanted = ctx.slot.vae
+    assert wanted is not None  # the registry gives this stage to latent slots only
+    seed = derive_seed(ctx.scale.seed, ctx.job.name)
+    images = load_images(ctx.inputs["dataset"])
+    config = {
+        "architecture": "vae",
+        "channels": ctx.slot.dataset.channels,
+        "latent_channels": wanted.latent_channels,
+        "width": wanted.width,
+    }
+    torch.manual_seed(derive_seed(seed, "init"))
+    vae = build_network(config)
+    settings = train_settings(wanted.training, seed)
+    order = BatchOrder(len(images), settings.batch, seed)
+
+    def data(iteration: int) -> Batch:
+        indices = order.indices(iteration)
+        return Batch(from_uint8(images.images[indices]), None, indices)
+
+    def objective(batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
+        reconstruction, mean, logvar = vae(batch.x0, generator)
+        terms = vae_loss(batch.x0, reconstruction, mean, logvar, wanted.kl_weight)
+        return Terms(terms.loss, {"mse": terms.mse.detach(), "kl": terms.kl.detach()})
+
+    state = run_training(ctx, settings, vae, {}, objective, data)
+    save_model(ctx.out / VAE_FILE, vae.state_dict(), config, {"run": ctx.run_id, "iterations": state.iteration})
+
+    originals = images.images[:20]
+    with torch.no_grad():
+        reconstructions = to_uint8(vae.decode(vae.encode(from_uint8(originals))[0]))
+    save_grid(
+        torch.cat([originals[:10], reconstructions[:10], originals[10:], reconstructions[10:]]),
+        ctx.out / "samples.png",
+        10,
+    )
+    ctx.tracker.log_artifact(ctx.out / "samples.png", "samples")

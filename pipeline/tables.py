@@ -1,0 +1,112 @@
+"""Tables as CSV and Markdown: the paper's rows unchanged, ours beside them with what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.evaluation import REPORT
+
+TABLE2_COLUMNS = [
+    "section",
+    "method",
+    "size",
+    "nfe",
+    "fid",
+    "fid_se",
+    "params",
+    "guidance",
+    "dataset",
+    "features",
+    "samples",
+    "run",
+]
+METHOD_NAMES = {"teacher": "teacher", "sct": "sCT", "scd": "sCD"}
+SECTIONS = {
+    "teacher": "Teacher diffusion model (TrigFlow)",
+    "sct": "Consistency training (sCT)",
+    "scd": "Consistency distillation (sCD)",
+}
+PAPER_SETTING = {"dataset": "ImageNet 512x512", "features": "Inception v3", "samples": "50000"}
+
+
+def format_count(parameters: int) -> str:
+    """A number of parameters as the paper prints it: 0.49M, 280M, 1.5B."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.1f}B"
+    return f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"
+
+
+def read_evaluation(folder: Path) -> tuple[pd.DataFrame, dict]:
+    """The reported points of an evaluation, and the facts about it."""
+    sweep = pd.read_csv(folder / "sweep.csv")
+    return sweep[sweep.phase == REPORT], json.loads((folder / "evaluation.json").read_text())
+
+
+def best_guidance(folder: Path, steps: int | None = None) -> float | None:
+    """The scale that an evaluation selected for its sampler of `steps` steps (the only one if None); None for an unguided model."""
+    points, _ = read_evaluation(folder)
+    if steps is not None:
+        points = points[points.steps == steps]
+    scale = points.guidance.max() if points.guidance.nunique() <= 1 else points[points.guidance != 1.0].guidance.max()
+    return None if pd.isna(scale) else float(scale)
+
+
+def our_rows(folder: Path, size: str, method: str, scale: str) -> list[dict[str, str]]:
+    """Rows of one evaluated model: each number of steps at its best guidance, the teacher also without guidance."""
+    points, facts = read_evaluation(folder)
+    rows = []
+    for steps, group in points.groupby("steps"):
+        best = best_guidance(folder, int(steps))
+        kept = (
+            group if method == "teacher" else group[group.guidance.isna() if best is None else group.guidance == best]
+        )
+        for point in kept.sort_values("guidance").itertuples():
+            guided_teacher = method == "teacher" and point.guidance != 1.0
+            rows.append(
+                {
+                    "section": f"Ours, scale {scale}: {SECTIONS[method]}",
+                    "method": f"{METHOD_NAMES[method]}-{size}",
+                    "size": size,
+                    "nfe": f"{point.nfe // 2}x2" if guided_teacher else str(point.nfe),
+                    "fid": f"{point.fid:.3f}",
+                    "fid_se": f"{point.fid_se:.3f}",
+                    "params": format_count(facts["params"]),
+                    "guidance": "" if pd.isna(point.guidance) else f"{point.guidance:.2f}",
+                    "dataset": facts["dataset"],
+                    "features": facts["features"],
+                    "samples": str(point.samples),
+                    "run": facts["run"],
+                }
+            )
+    return rows
+
+
+def table2(paper: Path, ours: list[dict[str, str]]) -> pd.DataFrame:
+    """Table 2: the 53 published rows, then ours; all cells are text, as published."""
+    published = pd.read_csv(paper, dtype=str, keep_default_na=False)
+    rows = []
+    for row in published.to_dict("records"):
+        size = re.fullmatch(r"(?:EDM2|sCT|sCD)-(\w+)", row["method"])
+        rows.append(
+            {
+                **{key: row[key] for key in ("section", "method", "nfe", "fid", "params")},
+                "size": size[1] if size else "",
+                **PAPER_SETTING,
+            }
+        )
+    return pd.DataFrame(rows + ours, columns=TABLE2_COLUMNS).fillna("")
+
+
+def to_markdown(table: pd.DataFrame, title: str, notes: list[str]) -> str:
+    """A table as Markdown, a heading for each section."""
+    columns = [column for column in table.columns if column != "section"]
+    lines = [f"# {title}", "", *notes, ""]
+    for section, group in table.groupby("section", sort=False):
+        lines += [f"## {section}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in group.to_dict("records")]
+        lines.append("")
+    return "\n".join(lines)

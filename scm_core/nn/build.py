@@ -1,0 +1,99 @@
+"""Networks from a description, and model files: one safetensors file that holds the weights and the description."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scm_core.nn.small import SmallNet
+from scm_core.vae import VAE
+
+ARCHITECTURES: dict[str, type[nn.Module]] = {"small": SmallNet, "vae": VAE}
+FORMAT = "scm-model-1"
+
+
+class Model(NamedTuple):
+    """A network in evaluation mode, what `build_network` makes it from, and facts about its training."""
+
+    net: nn.Module
+    config: dict[str, Any]
+    info: dict[str, Any]
+
+
+def build_network(config: Mapping[str, Any]) -> nn.Module:
+    """The network that `config` describes: its `architecture` and that class's arguments.
+
+    Convolution weights are kept in channels-last order, which the CPU's and the GPU's kernels prefer. Raises ValueError for an unknown
+    architecture or arguments it does not take.
+    """
+    arguments = dict(config)
+    architecture = arguments.pop("architecture", None)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    try:
+        net = ARCHITECTURES[architecture](**arguments)
+    except TypeError as error:
+        raise ValueError(f"architecture {architecture}: {error}") from None
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def student_of(teacher: Model, guidance_input: bool, dropout: float) -> tuple[nn.Module, dict[str, Any]]:
+    """A student that starts equal to its teacher, and its description: the same network, with a zero-initialised guidance input if asked
+    for, and its own dropout."""
+    config = {**teacher.config, "guidance_input": guidance_input, "dropout": dropout}
+    net = build_network(config)
+    result = net.load_state_dict(teacher.net.state_dict(), strict=False)
+    unknown = [key for key in result.missing_keys if "guidance" not in key] + list(result.unexpected_keys)
+    if unknown:
+        raise ValueError(f"student: {unknown[0]} is not in both networks; the teacher is of another architecture")
+    return net, config
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def save_model(
+    path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], info: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights (by parameter name), description and facts about them to one safetensors file."""
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(dict(config), sort_keys=True),
+        "info": json.dumps(dict(info or {}), sort_keys=True),
+    }
+    save_file({name: value.detach().contiguous() for name, value in weights.items()}, str(path), metadata=metadata)
+
+
+def load_model(path: Path) -> Model:
+    """The model in a file of `save_model`, without gradients; FileNotFoundError or ValueError with the file's name if it is missing or damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error}); make it again") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a model file of format {FORMAT}; make it again")
+    config, info = json.loads(metadata["config"]), json.loads(metadata["info"])
+    net = build_network(config)
+    own = dict(net.named_parameters())
+    for key in sorted(own.keys() ^ tensors.keys()):
+        raise ValueError(
+            f"{path}: tensor {key!r} is {'missing' if key in own else 'unknown to the network'}; make it again"
+        )
+    for key, parameter in own.items():
+        if parameter.shape != tensors[key].shape:
+            raise ValueError(
+                f"{path}: tensor {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}; make it again"
+            )
+        parameter.data.copy_(tensors[key])
+    return Model(net.eval().requires_grad_(False), config, info)
