@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where jobs run besides this process: a local job process, or a SLURM cluster; both through submitit.
 
 A backend submits, says whether a job still runs, cancels it and, when a job died without a word, says how.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage gets: its job, parameters, inputs, folders, tracker and progress."""
 
 from collections.abc import Mapping

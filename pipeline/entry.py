@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs in a submitted job's process: it finds its job again by name, runs it, and leaves an exit note."""
 
 import contextlib

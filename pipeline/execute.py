@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One job, in its own process: verify inputs, run the stage into a staging folder, stage or publish the result."""
 
 import importlib

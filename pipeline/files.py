@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small files written so that a reader sees the old or the new content, never half of it; locks; live processes."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a job's output exist: runs it inline, or submits it, waits cheaply, and publishes what it staged.
 
 The waiter imports neither torch nor MLflow nor pandas. It can be killed at any time: the submitted job goes on, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of one execution: a journal beside the job, which `pipeline.tracking` sends to MLflow.
 
 Everything a job has to tell is first appended to `runs/<scale>/.lineage/<job>/journal.jsonl`. A thread sends what is

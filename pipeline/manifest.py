@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job is made of: fingerprint, run id, and the manifest that lies in every output.
 
 A manifest is deterministic (no times, no host), so that the same computation gives the same bytes everywhere and a

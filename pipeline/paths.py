@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where things lie: the repository root, and each job's working folder, locks, log and record.
 
 Everything a scale makes or needs lies below `runs/<scale>/`, so that two scales never meet in one folder.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress of a job: a bar in a terminal, plain lines in a log, and a small JSON file for those who watch."""
 
 import os

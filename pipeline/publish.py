@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a job's working folder to its declared outputs, in steps that a kill can interrupt but not spoil.
 
 Light on purpose: the waiting process publishes too (a job that ended while nobody waited is published by the next who

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs on a SLURM cluster, through submitit: submission, one shared `squeue` for all waiters, honest causes of death.
 
 Site settings are in `cluster/slurm/site.yaml` (or the environment: SCM_SLURM_PARTITION and so on). What a job needs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline status`: what is done, running (with rate and ETA), waiting, failed or stale."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sends journals to MLflow, and marks the runs whose process has died.
 
 Only jobs and `status --replay` import this module: MLflow costs a second and a hundred megabytes.

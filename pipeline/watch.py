@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline watch -- COMMAND …`: runs an engine and shows the progress of the jobs that it starts.
 
 The engine's own output goes to `runs/.logs/<engine>.log`. In a terminal there is a bar for each running job and one

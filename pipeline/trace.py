@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m pipeline trace reports/table2.csv ROW`: the chain of runs, commits and digests behind a row of a table.
+
+ROW is the number of a row (the first one below the header is 1), a run id, or a method such as sCD-M.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import manifest, paths, registry
+from pipeline.cli import Parser
+from pipeline.errors import PipelineError, suggestion
+from pipeline.files import read_json
+from pipeline.job import Job
+from pipeline.params import PARAMS_FILE, load
+
+Cells = Mapping[str, str]
+MAIN_FILES = 6  # files listed for each run; all of them are in its manifest
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the chain of runs behind a row."""
+    parser = Parser(prog="python -m pipeline trace", description=__doc__)
+    parser.add_argument("table", metavar="TABLE", type=Path, help="such as reports/table2.csv")
+    parser.add_argument("row", metavar="ROW", help="a row's number (from 1), a run id, or a method such as sCD-M")
+    options = parser.parse_args(list(argv))
+    rows = read_table(options.table)
+    made = manifests()
+    shown: set[str] = set()
+    for number in choose(rows, options.row, options.table):
+        cells = rows[number - 1]
+        print(f"{options.table}, row {number}: " + ", ".join(f"{key} {value}" for key, value in cells.items() if value))
+        run = cells.get("run", "")
+        if not run:
+            print(f"  a published number: {citation(options.table, cells)}; nothing here was run for it")
+        elif run not in made:
+            raise PipelineError(
+                f"{options.table}: row {number}: run {run} is not in runs/; was the table made elsewhere? "
+                "`dvc pull` brings its outputs, or make it again"
+            )
+        elif run in shown:
+            print("  the same run as above")
+        else:
+            show(run, made, "  ", "", shown)
+    return 0
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV table."""
+    try:
+        with file.open(newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+    except FileNotFoundError:
+        raise PipelineError(f"{file}: no such table; make it with: snakemake --profile cluster/local") from None
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError):
+        raise PipelineError(f"{file}: is not a CSV table") from None
+    if not rows:
+        raise PipelineError(f"{file}: has no rows")
+    return [{key: value or "" for key, value in row.items() if key} for row in rows]
+
+
+def choose(rows: Sequence[Cells], word: str, file: Path) -> list[int]:
+    """The numbers (from 1) of the rows that ROW means."""
+    if word.isdigit():
+        if not 1 <= int(word) <= len(rows):
+            raise PipelineError(f"{file}: there is no row {word}; it has rows 1 to {len(rows)}")
+        return [int(word)]
+    for names in (
+        lambda cells: {cells.get("run", "")},
+        lambda cells: (
+            {"-".join(filter(None, (cells.get("method", ""), cells.get("size", ""))))} if cells.get("run") else {""}
+        ),
+        lambda cells: {cells.get("method", "")},
+    ):
+        # Our own rows come before the paper's of the same name, which are found by their number.
+        found = [n for n, cells in enumerate(rows, 1) if word.lower() in {name.lower() for name in names(cells)}]
+        if found:
+            return found
+    known = sorted({cells.get(key, "") for cells in rows for key in ("run", "method")} - {""})
+    raise PipelineError(f"{file}: no row is called {word}; {suggestion(word, known, 'rows')}")
+
+
+def citation(table: Path, cells: Cells) -> str:
+    """Where a published number comes from: the citation in reports/paper/, which has the table's rows."""
+    published = paths.root() / "reports" / "paper" / table.name
+    if published.exists():
+        for row in read_table(published):
+            same = all(row.get(key) == cells.get(key) for key in ("section", "method", "nfe") if key in row)
+            if same and row.get("citation"):
+                return f"{row['citation']}, as quoted in Lu & Song 2024 (arXiv:2410.11081), {table.stem}"
+    return f"Lu & Song 2024 (arXiv:2410.11081), {table.stem}"
+
+
+def manifests() -> dict[str, tuple[Job, dict[str, Any]]]:
+    """Every published run of every scale: run id -> its job and manifest."""
+    params = load(paths.root() / PARAMS_FILE)
+    found = {}
+    for scale in params.scales:
+        for job in registry.jobs(load(paths.root() / PARAMS_FILE, scale)):
+            made = manifest.read(manifest.path_of(job))
+            if made is not None:
+                found[made["run"]] = (job, made)
+    return found
+
+
+def show(run: str, made: Mapping[str, tuple[Job, dict[str, Any]]], indent: str, name: str, shown: set[str]) -> None:
+    """Prints a run and, indented below it, the runs that made its inputs; each run's details once."""
+    head = f"{indent}{name}: {run}" if name else f"{indent}{run}"
+    if run in shown:
+        print(f"{head} (see above)")
+        return
+    shown.add(run)
+    if run not in made:
+        print(f"{head} (no longer in runs/: it was made again since, or deleted)")
+        return
+    job, entry = made[run]
+    record = read_json(paths.record_file(job)) or {}
+    if record.get("run") != run:
+        record = {}
+    git = record.get("git") or {}
+    commit = f"{git['commit']}{' + uncommitted changes' if git.get('dirty') else ''}" if git.get("commit") else None
+    digest = manifest.digest(manifest.path_of(job))
+    print(head)
+    rest = f"{indent}    "
+    print(f"{rest}stage {entry['stage']}, scale {entry['scale']}, fingerprint {entry['fingerprint'][:16]}")
+    print(f"{rest}commit {commit or 'not recorded here'}, MLflow run {record.get('mlflow_run') or 'not recorded here'}")
+    print(f"{rest}output {job.outputs[0].as_posix()}, manifest SHA-256 {digest[:16]}")
+    # The largest files are what matters: weights and data.
+    files = sorted(entry["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    for file, facts in files[:MAIN_FILES]:
+        print(f"{rest}  {file}  {facts['bytes']} bytes, SHA-256 {facts['sha256'][:16]}")
+    if len(files) > MAIN_FILES:
+        print(f"{rest}  and {len(files) - MAIN_FILES} smaller files")
+    for key, source in entry["inputs"].items():
+        if source["run"] is None:
+            print(f"{rest}{key}: file {source['path']}, SHA-256 {source['digest'][:16]}")
+        else:
+            show(source["run"], made, rest, key, shown)
