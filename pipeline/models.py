@@ -36,12 +36,13 @@ SMALL_DOWNSAMPLING = 2  # the small network starts with one pixel-unshuffle
 # Names become folders, wildcards of Snakemake, stage names of DVC and words of a command line.
 ScaleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=32)]
 SizeName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=32)]
+METHODS = ("sct", "scd")
 if TYPE_CHECKING:  # to the rest of the code these are words that come from the command line
     SlotName = str
     Method = str
 else:
     SlotName = Literal["pixel_uncond", "pixel_cond", "latent_guided"]
-    Method = Literal["sct", "scd"]
+    Method = Literal[METHODS]
 
 
 class Size(Model):
@@ -138,10 +139,10 @@ def _merge(name: Any, size: Any, base: Mapping[str, Any]) -> Any:
     if isinstance(own, Mapping) and isinstance(below, Mapping):
         merged["students"] = {}
         for method, section in own.items():
-            if method not in below:
+            if method not in below and all(known in METHODS for known in below):
                 at = f"sizes.{name}.students.{method}"
                 raise PydanticCustomError("unknown_key", "unknown", {"at": at, "known": list(below)})
-            both = isinstance(section, Mapping) and isinstance(below[method], Mapping)
+            both = isinstance(section, Mapping) and isinstance(below.get(method), Mapping)
             merged["students"][method] = {**below[method], **section} if both else section
     return merged
 

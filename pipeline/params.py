@@ -60,6 +60,7 @@ __all__ = [
     "load",
     "read_yaml",
     "schema",
+    "validate",
 ]
 
 PARAMS_FILE = "params.yaml"
@@ -71,15 +72,20 @@ def load(path: str | Path = PARAMS_FILE, scale: str | None = None) -> Params:
     Raises `ParamsError` with a one-sentence message that starts with the file's name and the dotted key.
     """
     path = Path(path)
-    data = read_yaml(path)
+    params = validate(read_yaml(path), path.name)
+    return params if scale is None else params.with_scale(scale)
+
+
+def validate(data: Mapping[str, Any], name: str = PARAMS_FILE) -> Params:
+    """What was read from a file of that name as validated parameters; `ParamsError` with the first fault."""
     try:
         params = Params.model_validate(data)
     except ValidationError as error:
-        raise ParamsError(f"{path.name}: {_sentence(error, data)}") from None
+        raise ParamsError(f"{name}: {_sentence(error, data)}") from None
     if params.scale not in params.scales:
         end = suggestion(params.scale, params.scales, "scales")
-        raise ParamsError(f"{path.name}: scale: unknown scale {_got(params.scale)}; {end}")
-    return params if scale is None else params.with_scale(scale)
+        raise ParamsError(f"{name}: scale: unknown scale {_got(params.scale)}; {end}")
+    return params
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -230,7 +236,9 @@ def _got(value: Any) -> str:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """Text that may quote the file, without line breaks and control characters."""
+    words = " ".join(str(text).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 def schema() -> dict[str, Any]:

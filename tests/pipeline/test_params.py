@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""params.yaml: what is read, what is refused, and in which words."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.params import ParamsError, load, schema
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "params.yaml").read_text()
+SLOT = "scales.demo.slots.latent_guided"
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def to_file(text: str) -> Path:
+        path = tmp_path / "params.yaml"
+        path.write_text(text)
+        return path
+
+    return to_file
+
+
+def edit(pattern: str, replacement: str, text: str = TEXT) -> str:
+    """`text` with the first match replaced (the demo scale comes first in the file)."""
+    changed, count = re.subn(pattern, replacement, text, count=1, flags=re.MULTILINE | re.DOTALL)
+    assert count == 1, f"{pattern} is not in params.yaml"
+    assert changed != text
+    return changed
+
+
+def sentence(path: Path) -> str:
+    with pytest.raises(ParamsError) as caught:
+        load(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_both_scales_load_and_scale_selects() -> None:
+    params = load(ROOT / "params.yaml")
+    assert params.scale == "demo"
+    assert params.active is params.scales["demo"]
+    smoke = load(ROOT / "params.yaml", scale="smoke")
+    assert smoke.active is smoke.scales["smoke"]
+
+
+def test_a_size_overrides_single_numbers(write: Write) -> None:
+    text = edit(
+        r"S: (\{network: .*?\}), teacher: \{\}, students: \{scd: \{\}",
+        r"S: \1, teacher: {lr: 0.5}, students: {scd: {batch: 7}",
+    )
+    slot = load(write(text)).active.slots["latent_guided"]
+    assert slot.teacher_for("S").lr == 0.5
+    assert slot.teacher_for("M") == slot.teacher
+    assert slot.teacher_for("S").model_copy(update={"lr": slot.teacher.lr}) == slot.teacher
+    assert slot.student_for("S", "scd").batch == 7
+    assert slot.student_for("S", "sct") == slot.students["sct"]
+
+
+def test_models_are_frozen() -> None:
+    params = load(ROOT / "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        params.active.slots["latent_guided"].teacher.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", ".001", "0.001"])
+def test_floats_are_read_as_yaml_1_2_has_them(write: Write, number: str) -> None:
+    assert load(write(edit(r"lr: 1\.0e-2", f"lr: {number}"))).active.slots["latent_guided"].teacher.lr == 0.001
+
+
+def test_an_integer_stands_for_a_float(write: Write) -> None:
+    lr = load(write(edit(r"lr: 1\.0e-2", "lr: 1"))).active.slots["latent_guided"].teacher.lr
+    assert isinstance(lr, float)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "key", "words"),
+    [
+        (r"lr: 1\.0e-2", "lr: -1", f"{SLOT}.teacher.lr", "must be greater than 0, got -1"),
+        (r"lr: 1\.0e-2", "lr: '0.1'", f"{SLOT}.teacher.lr", "must be a number, got '0.1'"),
+        (r"lr: 1\.0e-2", "lr: .nan", f"{SLOT}.teacher.lr", "must be a finite number, got nan"),
+        (r"lr: 1\.0e-2", "lr:", f"{SLOT}.teacher.lr", "must be a number, got nothing (null)"),
+        (r"lr: 1\.0e-2", "lrr: 1.0e-2", f"{SLOT}.teacher.lrr", "unknown key; did you mean 'lr'?"),
+        (r"^          lr: 1\.0e-2.*?\n", "", f"{SLOT}.teacher.lr", "is missing: add it"),
+        (r"batch: 64  ", "batch: 0  ", f"{SLOT}.teacher.batch", "must be at least 1, got 0"),
+        (r"batch: 64  ", "batch: 64.0  ", f"{SLOT}.teacher.batch", "must be an integer, got 64.0"),
+        (r"batch: 64  ", "batch: true  ", f"{SLOT}.teacher.batch", "must be an integer, got true"),
+        (r"betas: \[0.9, 0.99\]", "betas: [0.9]", f"{SLOT}.teacher.betas[1]", "is missing: add it"),
+        (r"betas: \[0.9, 0.99\]", "betas: 0.9", f"{SLOT}.teacher.betas", "must be a list such as [1, 2], got 0.9"),
+        (r"rule: linear", "rule: linaer", f"{SLOT}.teacher.decay", "'rule' must be one of 'linear', 'inverse_sqrt', got 'linaer'"),
+        (r"start: 0.3", "start: 1.3", f"{SLOT}.teacher.decay.start", "must be at most 1, got 1.3"),
+        (r"start: 0.3, ", "", f"{SLOT}.teacher.decay.start", "is missing: add it"),
+        (r"ema_sigma_rel: 0.10", "ema_sigma_rel: 0.3", f"{SLOT}.teacher.ema_sigma_rel", "must be less than 0.28"),
+        (r"label_dropout: 0.1", "label_dropout: 0.0", f"{SLOT}.evaluation.guidance", "label_dropout > 0"),
+        (r"guidance: \[1.0, 2.0\]", "guidance: [2.0, 1.0]", f"{SLOT}.students.scd.guidance", "low ≤ high"),
+        (r"guidance: \[1.0, 2.0\]", "guidance: [1.0, 1.5]", f"{SLOT}.evaluation.guidance", "must stay within"),
+        (r"guidance: null", "guidance: [1.0, 2.0]", f"{SLOT}.students.sct.guidance", "must be null"),
+        (r"tangent_normalize: norm", "tangent_normalize: nrom", f"{SLOT}.students.scd.tangent_normalize", "'norm'"),
+        (r"^          sct:", "          sctt:", f"{SLOT}.students.sctt", "unknown name; it must be 'sct' or 'scd'"),
+        (r"students: \{scd: \{\}, sct: \{\}\}", "students: {scd: {}}", f"{SLOT}.sizes.S.students.sct", "is missing"),
+        (r"teacher: \{\}", "teacher: {learning_rate: 1}", f"{SLOT}.sizes.S.teacher.learning_rate", "unknown key"),
+        (r"teacher: \{\}", "teacher: {batch: 0}", f"{SLOT}.sizes.S.teacher.batch", "must be at least 1, got 0"),
+        (r"S: \{network.*?\n", "S:\n", f"{SLOT}.sizes.S", "must be a section of keys with values, got nothing (null)"),
+        (r"S: \{network.*?\n", "S: {teacher: {}, students: {}}\n", f"{SLOT}.sizes.S.network", "is missing: add it"),
+        (r"S: \{network", "'S/1': {network", f"{SLOT}.sizes.S/1", "not a name"),
+        (r"architecture: small", "architecture: smal", f"{SLOT}.sizes.S.network.architecture", "must be 'small'"),
+        (r"select_samples: 1000", "select_samples: 6000", f"{SLOT}.evaluation.select_samples", "must be at most samples"),
+        (r"report_seed: 200000", "report_seed: 100999", f"{SLOT}.evaluation.report_seed", "overlap"),
+        (r"guidance: \[1.0, 1.25", "guidance: [1.1, 1.25", f"{SLOT}.evaluation.guidance", "must contain 1.0"),
+        (r"solver: heun", "solver: hun", f"{SLOT}.evaluation.teacher.solver", "must be 'heun' or 'ddim'"),
+        (r"t_mid: 1.1", "t_mid: 1.6", f"{SLOT}.evaluation.t_mid", "must be less than 1.5708"),
+        (r"labels: \[0, 1,", "labels: [10, 1,", f"{SLOT}.figure2.labels", "must be below dataset.labels (10), got 10"),
+        (r"resolution: 32", "resolution: 4", f"{SLOT}.dataset.resolution", "must divide by 8"),
+        (r"resolution: 32", "resolution: 33", f"{SLOT}.dataset.resolution", "must divide 32"),
+        (r"source: mnist5k", "source: mnist", f"{SLOT}.dataset.source", "must be 'mnist5k' or 'digits', got 'mnist'"),
+        (r"latent_guided:", "latent_gided:", "scales.demo.slots.latent_gided", "unknown name"),
+        (r"        vae:.*?(?=        features:)", "", f"{SLOT}.vae", "is missing"),
+        (r"^scale: demo", "scale: dmo", "scale", "unknown scale 'dmo'; did you mean 'demo'?"),
+        (r"^scale: demo", "scale: demo\nscael: demo", "scael", "unknown key; did you mean 'scale'?"),
+        (r"seed: 0 ", "seed: -1 ", "scales.demo.seed", "must be at least 0, got -1"),
+        (r"seed: 0 ", f"seed: {'9' * 40} ", "scales.demo.seed", "got a huge integer"),
+    ],
+)  # fmt: skip
+def test_the_first_fault_is_named(write: Write, pattern: str, replacement: str, key: str, words: str) -> None:
+    text = sentence(write(edit(pattern, replacement)))
+    assert text.startswith(f"params.yaml: {key}: "), text
+    assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must hold keys with values"),
+        ("- 1\n", "must hold keys with values"),
+        ("scale: demo\nscale: smoke\n", "line 2: key 'scale' is given twice"),
+        ("scale: [demo\n", "not valid YAML in line 2"),
+        ("scale: *nothing\n", "not valid YAML in line 1"),
+        ("? [a]\n: 1\n", "a key must be a plain word"),
+        ("scale: !!python/object:os.system {}\n", "not valid YAML in line 1"),
+        ("a: " + "[" * 5000, "not valid YAML"),
+        ("a: &a {b: *a}\n", "a: unknown key"),
+        ("scale: demo\nscales: &a {demo: *a}\n", "scales.demo.demo: unknown key"),
+        (f"scale: {'1' * 5000}\n", "not valid YAML"),
+        ("scale: \x07\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_yaml_mapping(write: Write, text: str, words: str) -> None:
+    assert words in sentence(write(text))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "no such file" in sentence(tmp_path / "params.yaml")
+    assert "cannot be read" in sentence(tmp_path)
+    (tmp_path / "params.yaml").write_bytes(b"scale: \xff\xfe")
+    assert "not UTF-8" in sentence(tmp_path / "params.yaml")
+
+
+def test_faults_of_scales_that_are_not_active_are_named_too(write: Write) -> None:
+    head, tail = TEXT.split("\n  smoke:\n")
+    text = head + "\n  smoke:\n" + edit(r"lr: 1\.0e-2", "lr: 0", tail)
+    assert sentence(write(text)).startswith("params.yaml: scales.smoke.slots.latent_guided.teacher.lr: ")
+
+
+def test_unknown_scale_on_the_command_line() -> None:
+    with pytest.raises(ParamsError, match="scale=smok: unknown scale; did you mean 'smoke'"):
+        load(ROOT / "params.yaml", scale="smok")
+
+
+def test_schema_is_current() -> None:
+    committed = json.loads((ROOT / "params.schema.json").read_text())
+    assert committed == schema(), "run `python -m pipeline schema > params.schema.json`"
+
+
+def test_schema_accepts_params_yaml_and_finds_faults() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from pipeline.params import read_yaml
+
+    validator = jsonschema.Draft202012Validator(schema())
+    data = read_yaml(ROOT / "params.yaml")
+    assert list(validator.iter_errors(data)) == []
+    slot = data["scales"]["demo"]["slots"]["latent_guided"]
+    slot["sizes"]["S"]["teacher"] = {"lr": -1}
+    slot["techer"] = {}
+    assert len(list(validator.iter_errors(data))) == 2
+
+
+def test_every_number_has_a_source() -> None:
+    """A line of params.yaml that holds a number says in a comment where it comes from, or stands in a documented row."""
+    bare = [
+        line
+        for line in TEXT.splitlines()
+        if re.search(r"[:\[,] *[-.0-9]", line.partition("#")[0]) and "#" not in line and "network:" not in line
+    ]
+    assert bare == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_importing_and_loading_is_cheap() -> None:
+    code = (
+        "import re, sys; from pipeline.params import load; load('params.yaml'); import pipeline.registry\n"
+        "assert not {'torch', 'numpy', 'mlflow', 'submitit', 'pandas'} & sys.modules.keys()\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40 * 1024, "kB of peak memory"

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: jobs, their order, what they depend on, and the sentences about what does not exist."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import dvcfile, registry
+from pipeline.errors import RegistryError
+from pipeline.job import Job
+from pipeline.params import Params, load, read_yaml, validate
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOT = "latent_guided"
+TRAINED = [
+    *(f"teacher-{size}" for size in "SM"),
+    *(f"student-{size}-{method}" for size in "SM" for method in ("scd", "sct")),
+]
+EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", "scd", "sct")]
+
+
+@pytest.fixture
+def params() -> Params:
+    return load(ROOT / "params.yaml", scale="demo")
+
+
+def changed(path: str, value: Any) -> Params:
+    """The demo's parameters with one value below its slot replaced."""
+    data = read_yaml(ROOT / "params.yaml")
+    *above, last = path.split(".")
+    section = data["scales"]["demo"] if above == ["scale"] else data["scales"]["demo"]["slots"][SLOT]
+    for key in above if above != ["scale"] else ():
+        section = section[key]
+    section[last] = value
+    return validate(data)
+
+
+def names(jobs: list[Job]) -> list[str]:
+    return [job.name for job in jobs]
+
+
+def test_every_job_of_the_demo(params: Params) -> None:
+    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in ("scd", "sct")]
+    evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
+    shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference")]
+    teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
+    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, "table2", "figure2"]
+    assert names(registry.jobs(params)) == expected
+
+
+def test_smoke_and_demo_have_the_same_axes(params: Params) -> None:
+    assert names(registry.jobs(params, "smoke")) == names(registry.jobs(params, "demo"))
+
+
+def test_jobs_come_after_what_they_read_and_every_input_is_made(params: Params) -> None:
+    jobs = registry.jobs(params)
+    made: set[Path] = set()
+    for job in jobs:
+        assert set(job.inputs.values()) <= made, job.name
+        assert not made & set(job.outputs), job.name
+        made.update(job.outputs)
+
+
+def test_outputs_do_not_lie_in_one_another(params: Params) -> None:
+    outputs = [output for job in registry.jobs(params) for output in job.outputs]
+    assert [(a, b) for a in outputs for b in outputs if a != b and b.is_relative_to(a)] == []
+
+
+def test_parents_and_primary_input(params: Params) -> None:
+    jobs = registry.jobs(params)
+    student = registry.find(params, "student", {"slot": SLOT, "size": "M", "method": "scd"})
+    assert names(registry.parents(student, jobs)) == [
+        f"teacher-{SLOT}-M",
+        f"latents-{SLOT}",
+        f"vae-{SLOT}",
+    ]
+    assert student.command == "python -m pipeline run student scale=demo slot=latent_guided size=M method=scd"
+    evaluate = registry.find(params, "evaluate", {"slot": SLOT, "size": "S", "method": "teacher"})
+    assert list(evaluate.inputs) == ["teacher", "latents", "vae", "features", "reference"]
+
+
+def test_sources_exist(params: Params) -> None:
+    missing = {str(path) for job in registry.jobs(params) for path in job.sources if not (ROOT / path).is_file()}
+    assert missing == set()
+
+
+def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
+    """DVC looks them up in the file as it is, before any merging."""
+    data = read_yaml(ROOT / "params.yaml")
+    for scale in params.scales:
+        for job in registry.jobs(params, scale):
+            for key in job.params:
+                node = data
+                for part in key.split("."):
+                    assert part in node, f"{job.name}: {key}"
+                    node = node[part]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "first_rerun"),
+    [
+        ("scale.seed", 1, ["vae", "latents", "features", *TRAINED]),
+        ("dataset.labels", 10, []),
+        ("vae.kl_weight", 0.5, ["vae"]),
+        ("features.dim", 32, ["features"]),
+        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2"]),
+        ("teacher.lr", 0.5, ["teacher-S", "teacher-M"]),
+        ("students.scd.lr", 0.5, ["student-S-scd", "student-M-scd"]),
+        ("students.sct.tangent_c", 0.5, ["student-S-sct", "student-M-sct"]),
+        ("sizes.S.network.width", 40, ["teacher-S", "student-S-scd", "student-S-sct"]),
+        ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S"]),
+        ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd"]),
+        ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2"]),
+        ("figure2.seed", 5, ["figure2"]),
+    ],
+)  # fmt: skip
+def test_a_number_changes_the_settings_of_what_depends_on_it_alone(
+    params: Params, path: str, value: Any, first_rerun: list[str]
+) -> None:
+    after = changed(path, value)
+    differ = [
+        a.name.replace(f"-{SLOT}", "")
+        for a, b in zip(registry.jobs(params), registry.jobs(after), strict=True)
+        if registry.settings(a, params) != registry.settings(b, after)
+    ]
+    assert sorted(differ) == sorted(first_rerun)
+
+
+def test_a_number_that_a_size_replaces_does_not_matter_to_it(params: Params) -> None:
+    before, after = changed("sizes.S.teacher", {"lr": 0.5}), changed("sizes.S.teacher", {"lr": 0.5})
+    data = after.model_dump(mode="json")
+    slot = data["scales"]["demo"]["slots"][SLOT]
+    slot["teacher"]["lr"] = 0.25
+    for size in slot["sizes"].values():
+        size["teacher"] = {"lr": 0.5} if size["teacher"]["lr"] == 0.5 else {}
+    after = validate(data)
+    for size, same in (("S", True), ("M", False)):
+        job = registry.find(before, "teacher", {"slot": SLOT, "size": size})
+        assert (registry.settings(job, before) == registry.settings(job, after)) is same
+
+
+def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
+    data = read_yaml(ROOT / "params.yaml")
+    slot = data["scales"]["smoke"]["slots"].pop(SLOT)
+    del slot["vae"]
+    data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
+    jobs = registry.jobs(validate(data), "smoke")
+    assert {job.stage for job in jobs} == {"dataset", "features", "reference", "teacher", "student", "evaluate"}
+    teacher = next(job for job in jobs if job.stage == "teacher")
+    assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "axes", "words"),
+    [
+        ("studnet", {}, "studnet: unknown stage; did you mean 'student'?"),
+        ("xyz", {}, "known stages are dataset, vae"),
+        ("teacher", {"slot": SLOT, "siez": "S"}, "siez=S: stage teacher has no axis siez; did you mean 'size'?"),
+        ("teacher", {"slot": SLOT}, "size: stage teacher needs this axis; add size=… (S or M)"),
+        ("teacher", {"slot": SLOT, "size": "XL"}, "size=XL: unknown size for teacher at scale demo; known values are S, M"),
+        ("student", {"slot": SLOT, "size": "S", "method": "scdd"}, "did you mean 'scd'?"),
+        ("student", {"slot": SLOT, "size": "S", "method": "teacher"}, "unknown method"),
+        ("dataset", {"slot": "latent"}, "slot=latent: unknown slot"),
+        ("table2", {"slot": SLOT}, "it has no axes"),
+    ],
+)  # fmt: skip
+def test_what_does_not_exist_is_named(params: Params, stage: str, axes: dict[str, str], words: str) -> None:
+    with pytest.raises(RegistryError) as caught:
+        registry.find(params, stage, axes)
+    assert words in str(caught.value)
+
+
+def test_dvc_yaml_is_current() -> None:
+    generated = dvcfile.generate(load(ROOT / "params.yaml"))
+    assert (ROOT / "dvc.yaml").read_text() == generated, "run `python -m pipeline dvc > dvc.yaml`"
+
+
+def test_dvc_yaml_serves_every_scale() -> None:
+    texts = {dvcfile.generate(load(ROOT / "params.yaml", scale=scale)) for scale in ("smoke", "demo")}
+    assert len(texts) == 1
+    text = texts.pop()
+    assert "demo" not in text
+    assert "smoke" not in text
