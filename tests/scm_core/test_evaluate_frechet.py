@@ -88,13 +88,12 @@ def test_finite_sample_bias_of_equal_gaussians() -> None:
     assert abs(float(values.mean()) - expected) < 4 * float(values.std()) / repeats**0.5 + 0.02 * expected
 
 
-@pytest.mark.parametrize("kind", ["normal", "skewed", "singular reference", "singular samples"])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "distant mean", "singular reference", "singular samples"])
 def test_standard_error_is_the_spread_over_repetitions(kind: str) -> None:
     dim, count, repeats = 6, 400, 400
     mixing = random_cov(dim, 7, rank=3 if kind == "singular samples" else None)
-    reference = Moments.given(
-        torch.full((dim,), 0.3), random_cov(dim, 8, rank=3 if "reference" in kind else None), 10**9
-    )
+    mean = torch.full((dim,), 3.0 if kind == "distant mean" else 0.3)
+    reference = Moments.given(mean, random_cov(dim, 8, rank=3 if "reference" in kind else None), 10**9)
     results = []
     for seed in range(repeats):
         z = normal(count, dim, seed=seed)

@@ -68,7 +68,7 @@ def test_a_collapsed_generator_has_precision_without_recall() -> None:
 
 
 def test_the_boundary_counts_on_a_lattice() -> None:
-    """On a line of equidistant points k = 2 gives the radius of one step: one step beyond the end is inside, two are not."""
+    """Points in line, one step apart, beyond the end of such a line of real ones: those on a ball's boundary are inside."""
     lattice = torch.arange(100, dtype=torch.float64)[:, None] * torch.tensor([[0.1, 0.3, 0.7]])
     # The end points have their second neighbour two steps away, so the outermost ball reaches two steps out.
     outside = lattice[-1] + lattice[1] * torch.arange(1, 5)[:, None]
