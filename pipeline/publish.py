@@ -41,7 +41,10 @@ def staged(job: "Job", mark: str) -> bool:
     """Whether a complete result with this fingerprint waits to be published."""
     folder = paths.job_folder(job)
     result = read_json(folder / RESULT)
-    return result is not None and result.get("fingerprint") == mark and (folder / "out" / paths.MANIFEST).is_file()
+    if result is None or result.get("fingerprint") != mark:
+        return False
+    # The second: a kill came after the move to its place, and only the record is left to write.
+    return (folder / "out" / paths.MANIFEST).is_file() or published(job, mark)
 
 
 def exit_note(job: "Job", ticket: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -67,15 +67,13 @@ def choose(rows: Sequence[Cells], word: str, file: Path) -> list[int]:
         if not 1 <= int(word) <= len(rows):
             raise PipelineError(f"{file}: there is no row {word}; it has rows 1 to {len(rows)}")
         return [int(word)]
+    # Our own rows come before published ones of the same name; those are found by their number, too.
     for names in (
-        lambda cells: {cells.get("run", "")},
-        lambda cells: (
-            {"-".join(filter(None, (cells.get("method", ""), cells.get("size", ""))))} if cells.get("run") else {""}
-        ),
-        lambda cells: {cells.get("method", "")},
+        lambda cells: cells.get("run", ""),
+        lambda cells: cells.get("method", "") if cells.get("run") else "",
+        lambda cells: cells.get("method", ""),
     ):
-        # Our own rows come before the paper's of the same name, which are found by their number.
-        found = [n for n, cells in enumerate(rows, 1) if word.lower() in {name.lower() for name in names(cells)}]
+        found = [number for number, cells in enumerate(rows, 1) if names(cells).lower() == word.lower()]
         if found:
             return found
     known = sorted({cells.get(key, "") for cells in rows for key in ("run", "method")} - {""})

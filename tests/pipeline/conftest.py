@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small repository of its own for each test: the real pipeline package with a registry of tiny fake stages."""
 
 import contextlib
@@ -29,6 +30,7 @@ FAKE_PARAMS = """
 import json, types, yaml
 from pathlib import Path
 PARAMS_FILE = "params.yaml"
+Params = Scale = Slot = object
 
 class Section(dict):
     __getattr__ = dict.__getitem__
@@ -51,6 +53,8 @@ class Resources:
     memory_mb: int = 200
     gpus: int = 0
     minutes: int = 1
+    seconds: float = 5.0
+    bytes: int = 1000
 
 @dataclass(frozen=True)
 class Job:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launching: waiting is cheap, nothing runs twice, a dead job is noticed, a dead waiter costs nothing."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lineage: one MLflow run per execution, linked to the runs that made its inputs, whatever is killed or unreachable."""
 
 import json
