@@ -13,6 +13,7 @@ sys.path.insert(0, workflow.basedir)
 
 from pipeline import registry
 from pipeline.errors import PipelineError, RegistryError, suggestion
+from pipeline.launch import LAUNCHERS
 from pipeline.params import load
 from pipeline.stale import clear_stale_locks
 
@@ -24,9 +25,8 @@ def read_config():
         if key not in known:
             raise RegistryError(f"--config {key}={config[key]}: unknown key; {suggestion(key, known, 'keys')}")
     if "launcher" in config:
-        launchers = ("inline", "local", "slurm")
-        if config["launcher"] not in launchers:
-            end = suggestion(config["launcher"], launchers, "launchers")
+        if config["launcher"] not in LAUNCHERS:
+            end = suggestion(config["launcher"], LAUNCHERS, "launchers")
             raise RegistryError(f"--config launcher={config['launcher']}: unknown launcher; {end}")
         os.environ["SCM_LAUNCHER"] = config["launcher"]
     scale = config.get("scale")

@@ -80,7 +80,10 @@ def _run(argv: list[str]) -> int:
     axes = axis_values(options.axes)
     params = load(paths.root() / PARAMS_FILE, axes.pop("scale", None))
     job = registry.find(params, options.stage, axes)
-    return launch.run(job, params, options.launcher or os.environ.get("SCM_LAUNCHER") or "inline")
+    launcher = options.launcher or os.environ.get("SCM_LAUNCHER") or "inline"
+    if launcher not in launch.LAUNCHERS:
+        raise PipelineError(f"{launcher}: unknown launcher; {suggestion(launcher, launch.LAUNCHERS, 'launchers')}")
+    return launch.run(job, params, launcher)
 
 
 def _schema(argv: list[str]) -> int:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m pipeline` as a user types it: exit codes, one sentence for each mistake, and a plan."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import plan, registry
+from pipeline.__main__ import main
+from pipeline.params import load
+
+ROOT = Path(__file__).resolve().parents[2]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Runs the command line in an empty repository: just params.yaml."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline", *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("rnu",), "rnu: unknown command; did you mean 'run'?"),
+        (("run", "studnet"), "studnet: unknown stage; did you mean 'student'?"),
+        (("run", "teacher"), "slot: stage teacher needs this axis"),
+        (("run", "teacher", "slot=latent_guided", "size=XL"), "size=XL: unknown size"),
+        (("run", "teacher", "slot=latent_guided", "size=S", "size=M"), "size: is given twice"),
+        (("run", "teacher", "slot=latent_guided", "size"), "size: not of the form axis=value"),
+        (("run", "teacher", "scale=smok"), "scale=smok: unknown scale; did you mean 'smoke'?"),
+        (
+            ("run", "dataset", "slot=latent_guided", "--launcher", "slurmm"),
+            "slurmm: unknown launcher; did you mean 'slurm'?",
+        ),
+        (("run", "teacher", "--bogus"), "--bogus"),
+        (("plan", "reports/table3.csv"), "reports/table3.csv: unknown target"),
+        (("plan", "--cores", "0"), "--cores 0: must be at least 1"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_exit_code_2(cli: Cli, arguments: tuple[str, ...], words: str) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert done.stdout == ""
+
+
+def test_a_fault_in_params_is_named_before_anything_is_made(cli: Cli, tmp_path: Path) -> None:
+    text = (tmp_path / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("batch: 64 ", "batch: 0 ", 1))
+    done = cli("run", "dataset", "slot=latent_guided")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: params.yaml: scales.demo.slots.latent_guided.teacher.batch: must be at least 1"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_outside_the_repository(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").unlink()
+    done = cli("plan")
+    assert done.returncode == 2
+    assert "params.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    text = capsys.readouterr().out
+    for command in ("run", "plan", "status", "trace", "doctor", "watch", "sync", "schema", "dvc"):
+        assert re.search(rf"^  {command} ", text, re.MULTILINE), command
+
+
+def test_plan_of_a_fresh_clone(cli: Cli) -> None:
+    done = cli("plan", "reports/table2.csv", "--cores", "2")
+    assert done.returncode == 0
+    assert "18 of 18 jobs to do" in done.stdout
+    assert "figure2" not in done.stdout
+    assert "estimated" in done.stdout
+    assert re.search(r"^longest path .*: dataset-latent_guided → .* → table2$", done.stdout, re.MULTILINE)
+
+
+def test_plan_uses_the_times_of_finished_runs(cli: Cli, tmp_path: Path) -> None:
+    record = tmp_path / "runs/demo/.records/vae-latent_guided.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"seconds": 3725.0, "bytes": 2500000}')
+    text = cli("plan", "vae").stdout
+    assert re.search(r"^vae-latent_guided +to do +1 h 02 min +2.5 MB +measured$", text, re.MULTILINE), text
+    assert re.search(r"^dataset-latent_guided .* estimated$", text, re.MULTILINE), text
+
+
+def test_makespan_and_longest_path() -> None:
+    jobs = registry.jobs(load(ROOT / "params.yaml"))
+    seconds = {job.name: 1.0 for job in jobs}
+    longest, path = plan.longest_path(jobs, seconds)
+    # dataset, vae, latents, teacher, student, evaluate, figure2 (or table2)
+    assert longest == len(path) == 7
+    assert plan.makespan(jobs, seconds, cores=1) == len(jobs)
+    assert plan.makespan(jobs, seconds, cores=100) == longest
+    assert longest <= plan.makespan(jobs, seconds, cores=2) < len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (12000, "3 h 20 min")],
+)
+def test_durations(value: float, text: str) -> None:
+    assert plan.duration(value) == text

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snakemake and DVC see the DAG of the registry, and Snakemake says what is wrong in one sentence."""
+
+import fcntl
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import registry
+from pipeline.params import load
+from pipeline.stale import clear_stale_locks
+
+ROOT = Path(__file__).resolve().parents[2]
+Edges = set[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, copy_repository: Callable[[Path], Path]) -> Path:
+    """One copy for all tests here: none of them makes anything."""
+    return copy_repository(tmp_path_factory.mktemp("engines") / "repository")
+
+
+@pytest.fixture
+def run(
+    repository: Path, user_env: Callable[[Path], dict[str, str]]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words, cwd=repository, env=user_env(repository), capture_output=True, text=True, timeout=120
+        )
+
+    return command
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def registry_edges(repository: Path) -> tuple[set[str], Edges]:
+    jobs = registry.jobs(load(repository / "params.yaml"))
+    return {job.name for job in jobs}, {(up.name, job.name) for job in jobs for up in registry.parents(job, jobs)}
+
+
+def snakemake_edges(text: str, repository: Path) -> tuple[set[str], Edges]:
+    """Edges from the files that a dry run says each rule reads and writes."""
+    job_of = {str(path): job.name for job in registry.jobs(load(repository / "params.yaml")) for path in job.outputs}
+    edges: Edges = set()
+    names: set[str] = set()
+    for block in re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]:
+        files = {
+            kind: found[1].split(", ") if (found := re.search(rf"^    {kind}: (.*)$", block, re.MULTILINE)) else []
+            for kind in ("input", "output")
+        }
+        here = {job_of[name] for name in files["output"]}
+        names |= here
+        edges |= {(job_of[name], below) for name in files["input"] if name in job_of for below in here}
+    return names, edges
+
+
+@pytest.mark.slow
+def test_registry_snakemake_and_dvc_have_the_same_edges(repository: Path, run: Run) -> None:
+    names, edges = registry_edges(repository)
+    assert len(edges) > 50
+    dry = run("snakemake", "-n", "-F", "--profile", "cluster/local")
+    assert dry.returncode == 0, dry.stderr
+    assert snakemake_edges(dry.stdout + dry.stderr, repository) == (names, edges)
+    dag = run("dvc", "dag", "--dot")
+    assert dag.returncode == 0, dag.stderr
+    assert set(re.findall(r'"([^"]+)" -> "([^"]+)"', dag.stdout)) == edges
+    assert set(re.findall(r'"([^"]+)"', dag.stdout)) == names
+
+
+@pytest.mark.slow
+def test_snakemake_runs_exactly_the_commands_of_the_registry(repository: Path, run: Run) -> None:
+    dry = run("snakemake", "-n", "-F", "-p", "--profile", "cluster/local", "--config", "scale=smoke")
+    commands = re.findall(
+        r"^ *(?:Shell command: *)?(python -m pipeline run .*?) *$", dry.stdout + dry.stderr, re.MULTILINE
+    )
+    assert sorted(commands) == sorted(job.command for job in registry.jobs(load(repository / "params.yaml", "smoke")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (("scale=smok",), "error: scale=smok: unknown scale; did you mean 'smoke'?"),
+        (("scal=smoke",), "error: --config scal=smoke: unknown key; did you mean 'scale'?"),
+        (("launcher=slrm",), "error: --config launcher=slrm: unknown launcher; did you mean 'slurm'?"),
+    ],
+)
+def test_snakemake_refuses_wrong_config_in_one_sentence(run: Run, config: tuple[str, ...], sentence: str) -> None:
+    done = run("snakemake", "-n", "--cores", "1", "--config", *config)
+    assert done.returncode != 0
+    assert done.stderr.strip() == sentence
+
+
+@pytest.mark.slow
+def test_snakemake_names_a_fault_in_params(repository: Path, run: Run) -> None:
+    file = repository / "params.yaml"
+    text = file.read_text()
+    try:
+        file.write_text(text.replace("lr: 1.0e-2", "lr: -1", 1))
+        done = run("snakemake", "-n", "--cores", "1")
+    finally:
+        file.write_text(text)
+    assert done.returncode != 0
+    key = "scales.demo.slots.latent_guided.teacher.lr"
+    assert done.stderr.strip() == f"error: params.yaml: {key}: must be greater than 0, got -1"
+
+
+@pytest.mark.slow
+def test_dvc_takes_the_scale_from_params(repository: Path, run: Run) -> None:
+    file = repository / "params.yaml"
+    text = file.read_text()
+    try:
+        file.write_text(text.replace("scale: demo", "scale: smoke", 1))
+        done = run("dvc", "repro", "--dry", "dataset-latent_guided")
+    finally:
+        file.write_text(text)
+    assert "> python -m pipeline run dataset scale=smoke slot=latent_guided" in done.stdout, done.stderr
+
+
+def test_locks_of_a_killed_snakemake_are_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = tmp_path / ".snakemake/locks/0.input.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    clear_stale_locks(tmp_path)
+    assert not lock.exists()
+    assert "0.input.lock: left by a Snakemake that was killed; removed" in capsys.readouterr().err
+
+
+def test_locks_of_a_live_snakemake_stay(tmp_path: Path) -> None:
+    lock = tmp_path / ".snakemake/locks/0.input.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with (tmp_path / ".snakemake/users.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        clear_stale_locks(tmp_path)
+        assert lock.exists()
