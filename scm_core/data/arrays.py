@@ -21,9 +21,7 @@ def file_digest(path: Path) -> str:
 
 
 def save_arrays(folder: str | Path, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Write each array to `folder`/<name>.npy and, last, `index.json` with `kind`, `meta` (JSON values), shapes, sizes
-    and digests.
-    """
+    """Write each array to `folder`/<name>.npy and, last, `index.json` with `kind`, `meta` (JSON values) and digests."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {}

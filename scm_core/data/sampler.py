@@ -9,12 +9,11 @@ from torch import Tensor
 
 
 class BatchOrder:
-    """Indices of training step k over `n` items, `batch` at a time: image number i = k·batch + j is entry i mod n of
-    epoch ⌊i/n⌋'s permutation.
+    """Indices of training step k over `n` items, `batch` at a time.
 
-    Every item comes once per epoch; a batch may straddle two epochs. The permutation of an epoch depends on
-    (seed, epoch) only, and nothing here changes with use: the kept permutation is a cache. `ValueError` if n or batch <
-    1.
+    Image number i = k·batch + j is entry i mod n of the permutation of epoch ⌊i/n⌋: every item comes once per epoch,
+    and a batch may straddle two epochs. An epoch's permutation depends on (seed, epoch) only, and nothing here changes
+    with use: the kept permutation is a cache. `ValueError` if n or batch < 1.
     """
 
     def __init__(self, n: int, batch: int, seed: int) -> None:
@@ -52,7 +51,5 @@ class BatchOrder:
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
-    """A 63-bit seed from (seed, epoch); hashed, because seed + epoch would make runs of neighbouring seeds share
-    epochs.
-    """
+    """A 63-bit seed, hashed because with seed + epoch runs of neighbouring seeds would share epochs."""
     return int.from_bytes(hashlib.sha256(f"batch order {seed} {epoch}".encode()).digest()[:8], "little") >> 1

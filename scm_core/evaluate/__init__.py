@@ -1,6 +1,4 @@
-"""Metrics and the protocol around them; `scm_core.evaluate.extractors` (which needs torch-fidelity) is imported by its
-users.
-"""
+"""Metrics and the protocol around them; who needs an extractor imports `scm_core.evaluate.extractors` (slow)."""
 
 from scm_core.evaluate.frechet import FidResult, frechet_distance, frechet_with_error
 from scm_core.evaluate.manifold import PrecisionRecall, kid, precision_recall

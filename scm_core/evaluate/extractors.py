@@ -1,6 +1,4 @@
-"""Feature extractors behind torch-fidelity's interface: the demo's classifier and every network torch-fidelity
-registers.
-"""
+"""Feature extractors behind torch-fidelity's interface: the demo's classifier and whatever it registers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The Fréchet distance of Gaussians, FID when the features are Inception's (Heusel et al. 2017), with its standard
-error.
-"""
+"""The Fréchet distance of Gaussians (FID: Heusel et al. 2017) and its standard error."""
 
 from __future__ import annotations
 
@@ -41,9 +39,8 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
 def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
     """Return T (D, D) of the optimal transport x ↦ μ₂ + T(x − μ₁) from N(μ₁, Σ₁) to N(μ₂, Σ₂), float64.
 
-    T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^{+½} Σ₂^½, ⁺ the pseudo-inverse: −T is then the derivative of the trace term by Σ₁ also
-    where
-    a covariance is singular, since samples of the first Gaussian never leave Σ₁'s range.
+    T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^{−½} Σ₂^½ with the pseudo-inverse: I − T is then the derivative of d² by Σ₁ also where a
+    covariance is singular, since samples of the first Gaussian never leave Σ₁'s range.
     """
     root2 = _root(cov2.double(), "second")
     product = root2 @ cov1.double() @ root2
@@ -59,10 +56,10 @@ def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
 def frechet_with_error(features_fake: Tensor, ref_moments: Moments) -> FidResult:
     """Return the Fréchet distance of features (N, D) to a reference and its standard error sd(IF)/√N (delta method).
 
-    The influence of sample i is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i up to a constant, with x̃_i = x_i − μ and T
-    the
-    transport map from the samples' Gaussian to the reference's. The reference counts as exact. The estimate's bias
-    is not in the error. Raises `ValueError` for N < 2, another D or features that are not finite.
+    The influence of sample i is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i up to a constant, with x̃_i = x_i − μ and
+    T the transport map from the samples' Gaussian to the reference's. The samples count as independent and the
+    reference as exact; the estimate's bias is not in the error. Raises `ValueError` for N < 2, another D or features
+    that are not finite.
     """
     features = checked_features(features_fake, ref_moments.dim, "generated features").cpu()
     if len(features) < 2:
