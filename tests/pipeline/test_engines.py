@@ -4,6 +4,7 @@
 import fcntl
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,3 +140,23 @@ def test_locks_of_a_live_snakemake_stay(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_SH)
         clear_stale_locks(tmp_path)
         assert lock.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_waiting_process_is_small(repo_copy: Path, user_env: Callable[[Path], dict[str, str]]) -> None:
+    """What an engine starts for each job and keeps until the job ends: at most 40 MB, also with 200 of them at once."""
+    (repo_copy / "pipeline/stages/dataset.py").write_text(
+        "import time\ndef run(ctx):\n    time.sleep(4)\n    (ctx.out / 'x').write_text('x')\n"
+    )
+    job = registry.find(load(repo_copy / "params.yaml", "smoke"), "dataset", {"slot": "latent_guided"})
+    command = [*job.command.split(), "--launcher", "local"]
+    resident: list[int] = []
+    with subprocess.Popen(command, cwd=repo_copy, env=user_env(repo_copy), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            resident += [int(found[1])] if found else []
+            time.sleep(0.1)
+    assert process.returncode == 0
+    assert len(resident) > 30
+    assert max(resident) <= 40 * 1024, f"{max(resident)} kB"
