@@ -49,8 +49,10 @@ def sweep(
     report: tuple[int, int],
     measure: Measure,
 ) -> list[dict]:
-    """All rows of one model: for each number of steps every guidance scale of the grid on the selecting samples, then the scale with the
-    lowest FID, and scale 1, on the reporting samples. `select` and `report` are (number of samples, first index)."""
+    """All rows of one model: every scale of the grid on the selecting samples, then the best and scale 1 on fresh ones.
+
+    The best has the lowest FID; the choice is made for each number of steps. `select` and `report` are (number of samples,
+    first index)."""
     rows = []
     for n in steps:
         reported: Iterable[float | None] = [None]

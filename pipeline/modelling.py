@@ -19,9 +19,10 @@ from scm_core.objectives import Batch
 from scm_core.sampling import Guided, sample_consistency, sample_diffusion
 from scm_core.seeds import generator_for, sample_noise
 from scm_core.train.checkpoint import CheckpointStore
-from scm_core.train.loop import Hooks, Objective, train
+from scm_core.train.loop import Hooks, train
 from scm_core.train.schedule import Schedule
 from scm_core.train.state import TrainSettings, TrainState
+from scm_core.train.step import Objective
 from scm_core.vae import VAE
 
 MODEL = "model.safetensors"  # in the output of teacher and student
@@ -123,7 +124,7 @@ def run_training(
     data: Callable[[int], Batch],
     sample: Callable[[TrainState], None] = lambda state: None,
 ) -> TrainState:
-    """Train with checkpoints in the job's working folder, metrics to the tracker (step = images seen), and a progress display."""
+    """Train with checkpoints in the job's working folder, metrics to the tracker by images seen, and a progress display."""
     progress = ctx.progress(settings.iterations, "it")
     shown = ("loss", "tangent_norm", "images_per_second")
     hooks = Hooks(
@@ -139,7 +140,7 @@ def run_training(
 def grid_sampler(
     ctx: Context, config: Mapping[str, Any], data: Data, generate: Callable[[nn.Module, Tensor, Tensor], Tensor]
 ) -> Callable[[TrainState], None]:
-    """A hook that draws the averaged network's samples of every class from fixed noise into samples.png, and logs the picture."""
+    """A hook that draws the averaged network's samples of every class from fixed noise, into samples.png and the tracker."""
     decode = load_decoder(ctx)
     columns = config["labels"] or 10
     labels = torch.arange(columns).repeat(GRID_ROWS)

@@ -91,13 +91,8 @@ def table2(paper: Path, ours: list[dict[str, str]]) -> pd.DataFrame:
     rows = []
     for row in published.to_dict("records"):
         size = re.fullmatch(r"(?:EDM2|sCT|sCD)-(\w+)", row["method"])
-        rows.append(
-            {
-                **{key: row[key] for key in ("section", "method", "nfe", "fid", "params")},
-                "size": size[1] if size else "",
-                **PAPER_SETTING,
-            }
-        )
+        kept = {key: row[key] for key in ("section", "method", "nfe", "fid", "params")}
+        rows.append({**kept, "size": size[1] if size else "", **PAPER_SETTING})
     return pd.DataFrame(rows + ours, columns=TABLE2_COLUMNS).fillna("")
 
 

@@ -29,7 +29,7 @@ class PowerEma:
     def __init__(self, net: nn.Module, sigma_rel: float) -> None:
         self.sigma_rel = sigma_rel
         self.gamma = sigma_rel_to_gamma(sigma_rel)
-        self.source = {name: p for name, p in net.named_parameters()}
+        self.source = dict(net.named_parameters())
         self.average = {name: p.detach().clone() for name, p in self.source.items()}
 
     @torch.no_grad()

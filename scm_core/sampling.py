@@ -7,6 +7,7 @@ a guided one as two.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def _noise(x_s: Tensor, v_s: Tensor, s: float) -> Tensor:
 
 def ddim(net: Net, x: Tensor, times: Sequence[float], sigma_data: float) -> Tensor:
     """First-order solver; NFE = number of steps."""
-    for s, t in zip(times[:-1], times[1:], strict=True):
+    for s, t in pairwise(times):
         x = _rotate(x, _evaluate(net, x, s, sigma_data), s, t)
     return x
 
@@ -60,7 +61,7 @@ def heun(net: Net, x: Tensor, times: Sequence[float], sigma_data: float) -> Tens
     In EDM's variables x_σ = x_t / cos t the slope is dx_σ/dσ = ε/σ_d with ε the predicted noise: a DDIM step from s to t holds
     ε fixed, Heun's step averages it over the two ends.
     """
-    for s, t in zip(times[:-1], times[1:], strict=True):
+    for s, t in pairwise(times):
         v_s = _evaluate(net, x, s, sigma_data)
         euler = _rotate(x, v_s, s, t)
         if t > 0:
@@ -108,11 +109,7 @@ def sample_consistency(
     Starts at x = sin(t_max) z and at each further time t re-noises, x_t = cos(t) x̂0 + sin(t) z', with z' from `noise` (one tensor for each
     further time) or drawn with `generator`. Raises ValueError for times that do not descend within (0, π/2].
     """
-    if (
-        not times
-        or not all(0 < b < a for a, b in zip(times[:-1], times[1:], strict=True))
-        or not 0 < times[0] <= math.pi / 2
-    ):
+    if not times or not all(0 < b < a for a, b in pairwise(times)) or not 0 < times[0] <= math.pi / 2:
         raise ValueError(f"times: expected descending numbers in (0, π/2], got {tuple(times)}")
     if noise and len(noise) != len(times) - 1:
         raise ValueError(
@@ -144,13 +141,12 @@ class Guided:
     ) -> None:
         self.nfe = 0
         self.passes = 1
+        self.call: Net = partial(net, labels=labels)
         if guidance is None:
-            self.call = partial(net, labels=labels)
+            pass
         elif student:
             self.call = lambda x, t: net(x, t, labels, x.new_full((x.shape[0],), guidance))
-        elif guidance == 1.0:
-            self.call = partial(net, labels=labels)
-        else:
+        elif guidance != 1.0:
             if labels is None:
                 raise ValueError("guidance: classifier-free guidance needs labels, got labels=None")
             self.call = lambda x, t: guided(net, x, t, labels, guidance)

@@ -7,7 +7,7 @@ g = −cos²(t) (σ_d F⁻ − dx_t/dt) − r (cos(t) sin(t) x_t + J), J = σ_d 
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from scm_core.nn.dual import Dual
 from scm_core.trigflow import broadcast_time
 
 Normalize = Literal["norm", "clip", "none"]
-Net = Callable[..., Tensor]
+Net = Callable[..., Any]  # (x, t) -> F; on pairs a pair, if it has `supports_dual`
 
 
 class Tangent(NamedTuple):
@@ -36,7 +36,7 @@ def value_and_jvp(net: Net, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tup
     if getattr(net, "supports_dual", False):
         F, dF = net(Dual(x, dx), Dual(t, dt))
     else:
-        F, dF = torch.func.jvp(net, (x, t), (dx, dt))
+        F, dF = torch.func.jvp(net, (x, t), (dx, dt))[:2]
     return F, dF.detach()
 
 

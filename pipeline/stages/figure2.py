@@ -2,6 +2,7 @@
 
 import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.context import Context
@@ -51,7 +52,7 @@ def run(ctx: Context) -> None:
     ctx.tracker.log_artifact(ctx.out / "figure2.png")
 
 
-def draw(rows: list[tuple[str, Tensor]], labels: tuple[int, ...], title: str) -> plt.Figure:
+def draw(rows: list[tuple[str, Tensor]], labels: tuple[int, ...], title: str) -> Figure:
     """A grid of images with a label for each row and each column's class on top."""
     figure, axes = plt.subplots(
         len(rows), len(labels), figsize=(1.9 + 0.62 * len(labels), 0.7 + 0.66 * len(rows)), squeeze=False
@@ -64,12 +65,6 @@ def draw(rows: list[tuple[str, Tensor]], labels: tuple[int, ...], title: str) ->
     for axis, label in zip(axes[0], labels, strict=True):
         axis.set_title(f"class {label}", fontsize=7)
     figure.suptitle(title, fontsize=9)
-    figure.subplots_adjust(
-        left=1.75 / figure.get_size_inches()[0],
-        right=0.995,
-        top=1 - 0.5 / figure.get_size_inches()[1],
-        bottom=0.005,
-        wspace=0.04,
-        hspace=0.04,
-    )
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(left=1.75 / width, right=0.995, top=1 - 0.5 / height, bottom=0.005, wspace=0.04, hspace=0.04)
     return figure

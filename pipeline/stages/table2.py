@@ -16,12 +16,15 @@ def run(ctx: Context) -> None:
     table = table2(paths.root() / "reports" / "paper" / "table2.csv", ours)
     table.to_csv(ctx.out / "table2.csv", index=False)
     how = slot.evaluation
+    grid = ", ".join(f"{scale:g}" for scale in how.guidance)
+    side = slot.dataset.resolution
     notes = [
-        f"Rows headed *Ours* were measured on {slot.dataset.source} ({slot.dataset.resolution} × {slot.dataset.resolution}) in the features of a small classifier, "
-        "not in Inception's: they compare with each other, not with the published rows.",
+        f"Rows headed *Ours* were measured on {slot.dataset.source} ({side} × {side}) in the features of a small "
+        "classifier, not in Inception's: they compare with each other, not with the published rows.",
         "",
-        f"FID ± standard error of {how.samples} samples against the training images; guidance chosen on {how.select_samples} other samples "
-        f"from {', '.join(f'{s:g}' for s in how.guidance)}. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. NFE n x2: two passes for each guided evaluation.",
+        f"FID ± standard error of {how.samples} samples against the training images; guidance chosen on "
+        f"{how.select_samples} other samples from {grid}. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. "
+        "NFE n x2: two passes for each guided evaluation.",
     ]
     (ctx.out / "table2.md").write_text(to_markdown(table, "Table 2", notes))
     for name in ("table2.csv", "table2.md"):

@@ -9,7 +9,7 @@ from scm_core.data import BatchOrder, from_uint8, load_images, to_uint8
 from scm_core.nn.build import build_network, save_model
 from scm_core.objectives import Batch, Terms
 from scm_core.seeds import derive_seed
-from scm_core.vae import vae_loss
+from scm_core.vae import VAE, vae_loss
 
 
 def run(ctx: Context) -> None:
@@ -26,6 +26,7 @@ def run(ctx: Context) -> None:
     }
     torch.manual_seed(derive_seed(seed, "init"))
     vae = build_network(config)
+    assert isinstance(vae, VAE)
     settings = train_settings(wanted.training, seed)
     order = BatchOrder(len(images), settings.batch, seed)
 

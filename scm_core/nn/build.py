@@ -72,7 +72,10 @@ def save_model(
 
 
 def load_model(path: Path) -> Model:
-    """The model in a file of `save_model`, without gradients; FileNotFoundError or ValueError with the file's name if it is missing or damaged."""
+    """The model in a file of `save_model`, without gradients.
+
+    FileNotFoundError or ValueError with the file's name if it is missing or damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
     try:

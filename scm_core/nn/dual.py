@@ -7,8 +7,8 @@ more than a plain training step, where `torch.func.jvp` beside a separate traini
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -158,7 +158,7 @@ def chunk(x: Maybe, parts: int, dim: int = 1) -> tuple[Maybe, ...]:
     )
 
 
-def rearrange(x: Maybe, function, *args) -> Maybe:
+def rearrange(x: Maybe, function: Callable[..., Tensor], *args: Any) -> Maybe:
     """Apply a function that only moves elements (reshape, pixel shuffle, …) to value and tangent alike."""
     if not isinstance(x, Dual):
         return function(x, *args)

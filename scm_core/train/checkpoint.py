@@ -1,7 +1,7 @@
 """Checkpoints: tensors in safetensors, the rest in JSON, written atomically and verified when read.
 
-Order of writing: temporary folder → files → fsync → SHA-256 manifest → rename → pointer. A checkpoint that does not verify is named and the one
-before is used; if none verifies, loading fails rather than starting over.
+Order of writing: temporary folder → files → fsync → SHA-256 manifest → rename → pointer. A checkpoint that does not
+verify is named and the one before is used; if none verifies, loading fails rather than starting over.
 """
 
 import hashlib
@@ -106,7 +106,8 @@ class CheckpointStore:
                 self.warn(f"{error}; falling back to the checkpoint before it")
         if paths:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(paths)} checkpoints is valid; restore one from a backup, or delete the folder to start over"
+                f"{self.folder}: none of its {len(paths)} checkpoints is valid; restore one from a backup, "
+                "or delete the folder to start over"
             )
         return None
 

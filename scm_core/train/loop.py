@@ -34,8 +34,8 @@ def train(
 ) -> TrainState:
     """Run `state` to the end of its settings, from the newest checkpoint of `store` if it has one.
 
-    `data(iteration)` gives the batch of a step, a function of the iteration alone. An interrupted and resumed run ends with the weights of an
-    uninterrupted one, bit for bit on one machine. Raises CheckpointError and NonFiniteError.
+    `data(iteration)` gives the batch of a step, a function of the iteration alone. An interrupted and resumed run ends
+    with the weights of an uninterrupted one, bit for bit on one machine. Raises CheckpointError and NonFiniteError.
     """
     hooks, settings = hooks or Hooks(), state.settings
     if store is not None and (checkpoint := store.load()) is not None:
@@ -57,7 +57,7 @@ def train(
             scalars["images_per_second"] = count * settings.batch / (now - since)
             if state.skipped > skipped:
                 hooks.message(
-                    f"iteration {state.iteration}: {state.skipped - skipped} steps with a non-finite loss or gradient were not applied"
+                    f"iteration {state.iteration}: {state.skipped - skipped} steps had a non-finite loss or gradient, not applied"
                 )
             scalars["skipped_steps"] = float(state.skipped)
             hooks.log(state.nimg, scalars)

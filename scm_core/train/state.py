@@ -51,7 +51,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, buffers, optimizer moments and averages by name."""
-        result = {}
+        result: dict[str, Tensor] = {}
         for module_name, module in self.modules().items():
             result |= {f"{module_name}/{key}": value for key, value in module.state_dict().items()}
             for key, parameter in module.named_parameters():
@@ -79,11 +79,11 @@ class TrainState:
         own = self.tensors()
         if missing := sorted(own.keys() - tensors.keys()):
             raise CheckpointError(
-                f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all); it was made by another network or version"
+                f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all); it is of another network or version"
             )
         if extra := sorted(tensors.keys() - own.keys()):
             raise CheckpointError(
-                f"{source}: tensor {extra[0]!r} is unknown here ({len(extra)} in all); it was made by another network or version"
+                f"{source}: tensor {extra[0]!r} is unknown here ({len(extra)} in all); it is of another network or version"
             )
         for key, value in own.items():
             if value.shape != tensors[key].shape:

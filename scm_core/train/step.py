@@ -46,8 +46,8 @@ def train_step(state: TrainState, objective: Objective, batch: Batch) -> Terms:
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row >= settings.patience:
             raise NonFiniteError(
-                f"iteration {state.iteration}: loss {terms.loss.item()} and gradient norm {norm.item()}: {settings.patience} steps in a row were "
-                f"not finite; lower the learning rate (now {settings.lr}) or look at the samples {batch.indices.tolist()[:8]} …"
+                f"iteration {state.iteration}: loss {terms.loss.item()}, gradient norm {norm.item()}: {settings.patience} steps in a "
+                f"row were not finite; lower the learning rate (now {settings.lr}) or look at samples {batch.indices.tolist()[:8]} …"
             )
     state.iteration += 1
     return Terms(terms.loss.detach(), {**terms.scalars, "grad_norm": norm.detach()})
