@@ -5,7 +5,9 @@ Site settings are in `cluster/slurm/site.yaml` (or the environment: SCM_SLURM_PA
 comes from the registry. `squeue` is asked instead of `sacct`, as many clusters have no accounting.
 """
 
+import contextlib
 import getpass
+import io
 import os
 import shutil
 import subprocess
@@ -95,7 +97,8 @@ class Slurm:
             **settings,
         )
         try:
-            submitted = executor.submit(entry)
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+                submitted = executor.submit(entry)
         except submitit.core.utils.FailedJobError as error:
             words = " ".join(str(error).split())[:300]
             raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {SITE}") from error

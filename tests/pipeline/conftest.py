@@ -260,7 +260,13 @@ class Repo:
     def pid(self, stage: str) -> int:
         """The process that computes the stage."""
         file = self.work / stage / "process.json"
-        self.wait_for(file.exists)
+        try:
+            self.wait_for(file.exists)
+        except AssertionError:
+            said = [process.communicate(timeout=5) for process in self.started if process.poll() is not None]
+            logs = {str(log): log.read_text() for log in self.root.glob("runs/**/*.log*") if log.is_file()}
+            logs |= {str(log): log.read_text() for log in self.root.glob("runs/**/*.out")}
+            raise AssertionError(f"{stage} never started; waiters that ended: {said}; logs: {logs}") from None
         return int(json.loads(file.read_text())["pid"])
 
 
@@ -271,6 +277,16 @@ class Ended:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking database without runs: MLflow takes seconds to make one."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    code = f"from mlflow.tracking import MlflowClient; MlflowClient('sqlite:///{file}').search_experiments()"
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=env)
+    return file
 
 
 @pytest.fixture
