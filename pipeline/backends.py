@@ -92,10 +92,7 @@ class Local:
             timeout_min=LOCAL_MINUTES, gpus_per_node=job.resources.gpus, stderr_to_stdout=True, signal_delay_s=60
         )
         submitted = executor.submit(entry)
-        pid = int(submitted.job_id)
-        # Kept for the life of this process: the controller is its child and has to be reaped by it.
-        self._submitted = submitted
-        return {"job_id": submitted.job_id, **identify(pid)}
+        return {"job_id": submitted.job_id, **identify(int(submitted.job_id))}
 
     def alive(self, job: "Job", ticket: Ticket) -> bool:
         """By pid and start time; for a job of another machine by the lock that a running job holds."""
