@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths
-from pipeline.files import canonical, host, read_json, sha256_file, sha256_text, write_json
+from pipeline.files import host, read_json, sha256_file, write_json
+from pipeline.provenance import git_state, place, shown_params
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -37,53 +37,6 @@ ARTIFACT_BYTES = 20 * 2**20
 def folder_of(job: paths.JobName) -> Path:
     """Where the journal of the job's last execution lies."""
     return paths.runs(job.scale) / ".lineage" / job.name
-
-
-def git_state() -> dict[str, Any]:
-    """The commit that is checked out and whether tracked files differ from it; None for both outside of git."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=paths.root(), capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def place() -> str:
-    """A short name for this copy of the repository on this machine: whose runs may be called dead."""
-    return sha256_text(f"{host()}:{paths.root()}")[:16]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values as dotted keys and strings."""
-    result: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            result |= flat(value, name)
-        else:
-            result[name] = value if isinstance(value, str) else canonical(value)
-    return result
-
-
-def shown_params(job: "Job", params: "Params") -> dict[str, str]:
-    """A job's parameters under names that line up when two runs are compared: `student.lr` of any method and size."""
-    result = {}
-    for key, value in flat(manifest.resolved_params(job, params)).items():
-        parts = key.split(".")
-        if parts[0] == "slots":
-            parts = parts[2:]
-        if parts[0] == "sizes":
-            parts = parts[2:]
-        if parts[0] == "students":
-            parts = ["student", *parts[2:]]
-        result[".".join(parts)] = value
-    return result
 
 
 class Run:

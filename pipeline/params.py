@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 class _Yaml12(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2's core schema and without repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # own table, not the parent's
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -131,7 +131,11 @@ class _Yaml12(yaml.SafeLoader):
 
 def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:
     _Yaml12.add_implicit_resolver(tag, re.compile(pattern), list(first))
-    _Yaml12.add_constructor(tag, lambda loader, node: convert(loader.construct_scalar(node)))
+
+    def construct(loader: _Yaml12, node: yaml.ScalarNode) -> Any:
+        return convert(loader.construct_scalar(node))
+
+    _Yaml12.add_constructor(tag, construct)
 
 
 _scalar("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda text: None)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import paths
 from pipeline.files import Lock, is_locked, read_json, write_json
-from pipeline.lineage import events, place
+from pipeline.lineage import events
+from pipeline.provenance import place
 
 # Before MLflow is imported: nothing may reach for the network by itself, and a lost server must not hold up a job's end.
 for _name, _value in {
