@@ -69,10 +69,10 @@ def tangent(
     tb = broadcast_time(t, x_t)
     cos, sin = torch.cos(tb), torch.sin(tb)
     # d(x_t/σ_d)/dt and dt/dt, both times σ_d cos(t) sin(t): J never holds the 1/cos that overflows half precision (§5.1)
-    F, J = value_and_jvp(net, x_t / sigma_data, t, cos * sin * dxdt, (cos * sin * sigma_data).flatten())
-    F_minus = F.detach()
-    g = -(cos**2) * (sigma_data * F_minus - dxdt) - warmup * (cos * sin * x_t + J)
-    g, norm = normalize_tangent(g, normalize, c)
+    F, J = value_and_jvp(net, x_t / sigma_data, t, cos * sin * dxdt.detach(), (cos * sin * sigma_data).flatten())
+    with torch.no_grad():  # g is a constant of the regression, whatever dx_t/dt was made by
+        g = -(cos**2) * (sigma_data * F - dxdt) - warmup * (cos * sin * x_t + J)
+        g, norm = normalize_tangent(g, normalize, c)
     return Tangent(F, g, norm)
 
 

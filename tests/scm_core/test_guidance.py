@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifier-free guidance: one pass of twice the batch, the scales of training, and how many passes are counted."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from scm_core.guidance import data_velocity, guided, sample_guidance, teacher_velocity
+from scm_core.nn.small import SmallNet
+from scm_core.sampling import Guided
+
+SIGMA_DATA = 0.5
+F64 = torch.float64
+
+
+def network(guidance_input: bool = False) -> SmallNet:
+    torch.manual_seed(0)
+    net = SmallNet(2, 4, labels=3, width=8, blocks=1, guidance_input=guidance_input).double()
+    torch.nn.init.ones_(net.out_gain)
+    if guidance_input:
+        torch.nn.init.ones_(net.guidance_gain)
+    return net.eval()
+
+
+@pytest.fixture
+def point() -> tuple[Tensor, Tensor, Tensor]:
+    """x, t, labels."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 2, 4, 4, generator=generator, dtype=F64), torch.rand(4, dtype=F64), torch.tensor([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7, torch.tensor([1.0, 1.2, 1.5, 2.0], dtype=F64)])
+def test_guided_equals_two_passes(point: tuple[Tensor, Tensor, Tensor], scale: Tensor | float) -> None:
+    """F_uncond + s (F_cond − F_uncond) with one scale, or one for each sample."""
+    net, (x, t, labels) = network(), point
+    uncond, cond = net(x, t, None), net(x, t, labels)
+    factor = scale[:, None, None, None] if isinstance(scale, Tensor) else scale
+    torch.testing.assert_close(
+        guided(net, x, t, labels, scale), uncond + factor * (cond - uncond), rtol=1e-12, atol=1e-12
+    )
+    assert not torch.allclose(uncond, cond)
+
+
+def test_scale_one_is_the_conditional_network(point: tuple[Tensor, Tensor, Tensor]) -> None:
+    """s = 1: no guidance."""
+    net, (x, t, labels) = network(), point
+    torch.testing.assert_close(guided(net, x, t, labels, 1.0), net(x, t, labels), rtol=1e-12, atol=1e-12)
+
+
+def test_scales_are_uniform() -> None:
+    """s ~ U[low, high], one for each sample, of the generator alone."""
+    s = sample_guidance(20_000, 1.0, 2.0, torch.Generator().manual_seed(0))
+    assert s.shape == (20_000,)
+    assert 1 <= s.min() < 1.001
+    assert 1.999 < s.max() <= 2
+    assert float(s.mean()) == pytest.approx(1.5, abs=0.01)
+    assert float(s.var()) == pytest.approx(1 / 12, abs=0.003)
+    assert torch.equal(s, sample_guidance(20_000, 1.0, 2.0, torch.Generator().manual_seed(0)))
+
+
+def test_velocities(point: tuple[Tensor, Tensor, Tensor]) -> None:
+    """sCT follows v_t itself; sCD σ_d F_teacher at x_t/σ_d, guided where there is a scale; without gradients."""
+    net, (x_t, t, labels) = network(), point
+    v_t, s = torch.randn_like(x_t), torch.tensor([1.0, 1.2, 1.5, 2.0], dtype=F64)
+    assert data_velocity(x_t, t, v_t, labels, None) is v_t
+    follow = teacher_velocity(net, SIGMA_DATA)
+    conditional = follow(x_t, t, v_t, labels, None)
+    torch.testing.assert_close(conditional, SIGMA_DATA * net(x_t / SIGMA_DATA, t, labels), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        follow(x_t, t, v_t, labels, s), SIGMA_DATA * guided(net, x_t / SIGMA_DATA, t, labels, s), rtol=1e-12, atol=1e-12
+    )
+    assert not conditional.requires_grad
+    with pytest.raises(ValueError, match="guidance: classifier-free guidance needs labels"):
+        follow(x_t, t, v_t, None, s)
+
+
+def test_bound_networks_count_their_passes(point: tuple[Tensor, Tensor, Tensor]) -> None:
+    """`Guided`: a guided teacher counts two passes, an unguided one or a student one; each gives what it stands for."""
+    net, student, (x, t, labels) = network(), network(guidance_input=True), point
+    cases = [
+        (Guided(net, labels), net(x, t, labels), 1),
+        (Guided(net, None), net(x, t), 1),
+        (Guided(net, labels, 1.0), net(x, t, labels), 1),
+        (Guided(net, labels, 1.5), guided(net, x, t, labels, 1.5), 2),
+        (Guided(student, labels, 1.5, student=True), student(x, t, labels, torch.full((4,), 1.5, dtype=F64)), 1),
+    ]
+    for bound, expected, passes in cases:
+        assert bound.nfe == 0
+        torch.testing.assert_close(bound(x, t), expected, rtol=1e-12, atol=1e-12)
+        bound(x, t)
+        assert bound.nfe == 2 * passes
+    with pytest.raises(ValueError, match="guidance: classifier-free guidance needs labels"):
+        Guided(net, None, 1.5)
