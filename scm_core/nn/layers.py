@@ -27,8 +27,9 @@ class MPWeight(nn.Module):
     @torch.no_grad()
     def normalize_(self) -> None:
         """Bring each output's weights back to unit RMS: w ← w √fan_in / ‖w‖ (EDM2, Eq. 47)."""
-        w = self.weight.flatten(1)
-        w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).div_(math.sqrt(self.fan_in)).clamp_(min=1e-20))
+        dims = tuple(range(1, self.weight.ndim))  # no flatten(1): of channels-last weights it is a copy
+        rms = torch.linalg.vector_norm(self.weight, dim=dims, keepdim=True).div_(math.sqrt(self.fan_in))
+        self.weight.div_(rms.clamp_(min=1e-20))
 
     def scaled(self, gain: Tensor | float = 1.0) -> Tensor:
         """The weight as it is applied: gain · W / √fan_in."""

@@ -94,11 +94,13 @@ class CheckpointStore:
         return final
 
     def load(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies, or None if there is none at all.
+        """The newest checkpoint that verifies, or None if there never was one.
 
-        Raises CheckpointError if there are checkpoints and none of them verifies.
+        Raises CheckpointError if there are, or the pointer says that there were, checkpoints and none of them verifies.
         """
-        paths = self.paths()
+        paths, pointer = self.paths(), self.folder / POINTER
+        if pointer.is_file() and (newest := self.folder / pointer.read_text()) not in paths:
+            paths.append(newest)  # deleted: reading it says so
         for path in reversed(paths):
             try:
                 return self._read(path)
@@ -106,7 +108,7 @@ class CheckpointStore:
                 self.warn(f"{error}; falling back to the checkpoint before it")
         if paths:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(paths)} checkpoints is valid; restore one from a backup, "
+                f"{self.folder}: none of its {len(paths)} checkpoints ({paths[-1].name} the newest) is valid; restore one from a backup, "
                 "or delete the folder to start over"
             )
         return None

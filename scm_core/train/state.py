@@ -42,6 +42,11 @@ class TrainState:
             groups.append({"params": parameters, "lr": settings.lr if settings.head_lr is None else settings.head_lr})
         self.reference_lr = [group["lr"] for group in groups]
         self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=settings.eps, fused=True)
+        for group in groups:  # now, not at Adam's first step: a checkpoint holds them even if every step so far was skipped
+            for parameter in group["params"]:
+                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
+                step = torch.zeros((), device=parameter.device)
+                self.optimizer.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         self.ema = PowerEma(net, settings.ema_sigma_rel) if settings.ema_sigma_rel is not None else None
         self.iteration = self.nimg = self.skipped = self.skipped_in_a_row = 0
 
@@ -55,7 +60,7 @@ class TrainState:
         for module_name, module in self.modules().items():
             result |= {f"{module_name}/{key}": value for key, value in module.state_dict().items()}
             for key, parameter in module.named_parameters():
-                moments = self.optimizer.state.get(parameter, {})
+                moments = self.optimizer.state[parameter]
                 result |= {f"optimizer/{module_name}/{key}/{name}": value for name, value in moments.items()}
         if self.ema is not None:
             result |= {f"ema/{key}": value for key, value in self.ema.state().items()}
@@ -68,14 +73,6 @@ class TrainState:
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: str = "checkpoint") -> None:
         """Take the state over from `tensors()` and `meta()` of another one; CheckpointError names the key that does not fit."""
-        for module in self.modules().values():
-            for parameter in module.parameters():
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": zeros,
-                    "exp_avg_sq": zeros.clone(),
-                }
         own = self.tensors()
         if missing := sorted(own.keys() - tensors.keys()):
             raise CheckpointError(
@@ -90,6 +87,7 @@ class TrainState:
                 raise CheckpointError(
                     f"{source}: tensor {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
                 )
+        for key, value in own.items():
             value.copy_(tensors[key])
         self.iteration, self.nimg = int(meta["iteration"]), int(meta["nimg"])
         self.skipped, self.skipped_in_a_row = int(meta["skipped"]), int(meta["skipped_in_a_row"])

@@ -41,9 +41,11 @@ def test_adaptive_double_norm_does_not_see_the_embeddings_size() -> None:
     assert not torch.allclose(small, adaptive_double_norm(x, -conditioning))
 
 
-def test_forced_weight_normalisation_gives_unit_rows() -> None:
-    """After `normalize_weights` every output's weights have RMS 1, keep their direction, and stay so."""
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_forced_weight_normalisation_gives_unit_rows(order: torch.memory_format) -> None:
+    """After `normalize_weights` every output's weights have RMS 1, keep their direction, in any memory order."""
     net = SmallNet(channels=2, resolution=4, labels=3, width=8, blocks=2, guidance_input=True)
+    net = net.to(memory_format=order)  # type: ignore[call-overload]
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     with torch.no_grad():
         for p in net.parameters():
