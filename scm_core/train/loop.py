@@ -16,8 +16,8 @@ Scalars = dict[str, float]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to hear of: `log(nimg, scalars)` with means over `log_every` steps, `progress(iteration, scalars)` at the
-    same times, `sample(state)` every `sample_every` steps, `message(text)`."""
+    """What the caller wants to hear of: every `log_every` steps `log(nimg, scalars)`, with means over those of them that were applied, and
+    `progress(iteration, scalars)`; `sample(state)` every `sample_every` steps; `message(text)`."""
 
     log: Callable[[int, Scalars], None] = lambda nimg, scalars: None
     progress: Callable[[int, Scalars], None] = lambda iteration, scalars: None
@@ -42,18 +42,20 @@ def train(
         state.restore(checkpoint.tensors, checkpoint.meta, str(checkpoint.path))
         hooks.message(f"resumed from {checkpoint.path.name}: {state.iteration} of {settings.iterations} iterations")
     sums: dict[str, torch.Tensor] = {}
-    since, count, skipped = time.perf_counter(), 0, state.skipped
+    since, count, applied, skipped = time.perf_counter(), 0, 0, state.skipped
     for module in state.modules().values():
         module.train()
     while state.iteration < settings.iterations:
         terms = train_step(state, objective, data(state.iteration))
         count += 1
-        for key, value in {"loss": terms.loss, **terms.scalars}.items():
-            sums[key] = sums[key] + value if key in sums else value
+        if not state.skipped_in_a_row:  # a mean of what was applied: one NaN would hide the others
+            applied += 1
+            for key, value in {"loss": terms.loss, **terms.scalars}.items():
+                sums[key] = sums[key] + value if key in sums else value
         last = state.iteration == settings.iterations
         if state.iteration % settings.log_every == 0 or last:
             now = time.perf_counter()
-            scalars = {key: float(total) / count for key, total in sums.items()}
+            scalars = {key: float(total) / applied for key, total in sums.items()}
             scalars["images_per_second"] = count * settings.batch / (now - since)
             if state.skipped > skipped:
                 hooks.message(
@@ -62,7 +64,7 @@ def train(
             scalars["skipped_steps"] = float(state.skipped)
             hooks.log(state.nimg, scalars)
             hooks.progress(state.iteration, scalars)
-            sums, count, since, skipped = {}, 0, now, state.skipped
+            sums, count, applied, since, skipped = {}, 0, 0, now, state.skipped
         if store is not None and (state.iteration % settings.checkpoint_every == 0 or last):
             store.save(state.iteration, state.tensors(), state.meta())
         if settings.sample_every and (state.iteration % settings.sample_every == 0 or last):
