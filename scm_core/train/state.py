@@ -42,7 +42,8 @@ class TrainState:
             groups.append({"params": parameters, "lr": settings.lr if settings.head_lr is None else settings.head_lr})
         self.reference_lr = [group["lr"] for group in groups]
         self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=settings.eps, fused=True)
-        for group in groups:  # now, not at Adam's first step: a checkpoint holds them even if every step so far was skipped
+        # Adam's moments now, not at its first step: a checkpoint has them even if every step so far was skipped
+        for group in groups:
             for parameter in group["params"]:
                 zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
                 step = torch.zeros((), device=parameter.device)
