@@ -102,6 +102,19 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(net.eval()(x, t, labels, guidance), net(x, t, labels, guidance))
 
 
+def test_dropout_drops_its_fraction_and_keeps_the_mean() -> None:
+    """A share p of the activations before a block's second convolution is 0, the others are divided by 1 − p."""
+    net, seen = network(dropout=0.4), []
+    block = net.get_submodule("blocks.0.conv1")
+    block.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    x, t = normal(500, 2, 4, 4, seed=0), torch.rand(500, dtype=F64)
+    net.eval()(x, t)
+    net.train()(x, t)
+    kept = seen[1] != 0
+    assert float(kept.double().mean()) == pytest.approx(0.6, abs=0.01)
+    torch.testing.assert_close(seen[1][kept], seen[0][kept] / 0.6, rtol=1e-12, atol=1e-12)
+
+
 def test_a_dropped_label_is_no_label() -> None:
     """Label −1 equals labels=None, and labels matter otherwise."""
     net = network()
