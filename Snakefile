@@ -87,6 +87,8 @@ for stage in dict.fromkeys(job.stage for job in jobs):
         log:
             # Written by the job itself; named here so that Snakemake shows it when the job fails.
             f"runs/{params.scale}/.logs/{'-'.join([stage, *(f'{{{a}}}' for a in registry.STAGES[stage].axes)])}.log",
+        # Training before evaluation: what long chains hang on goes first.
+        priority: len(registry.STAGES) - list(registry.STAGES).index(stage)
         threads: partial(resource_of, stage, "threads")
         resources:
             mem_mb=partial(resource_of, stage, "memory_mb"),
