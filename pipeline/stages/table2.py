@@ -3,14 +3,14 @@
 from pipeline import paths
 from pipeline.context import Context
 from pipeline.job import REPORT_SLOT
-from pipeline.tables import our_rows, table2, to_markdown
+from pipeline.tables import METHOD_NAMES, our_rows, table2, to_markdown
 
 
 def run(ctx: Context) -> None:
     """Write table2.csv and table2.md."""
     slot = ctx.scale.slots[REPORT_SLOT]
     ours = []
-    for method in ("teacher", *slot.students):
+    for method in (name for name in METHOD_NAMES if name == "teacher" or name in slot.students):
         for size in slot.sizes:
             ours += our_rows(ctx.inputs[f"evaluate-{size}-{method}"], size, method, ctx.job.scale)
     table = table2(paths.root() / "reports" / "paper" / "table2.csv", ours)
