@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guidance sweep of one model: select on one set of samples, measure again on a fresh one."""
 
 from __future__ import annotations

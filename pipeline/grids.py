@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grids of sample images as PNG files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the training and evaluating stages share: data, decoder, training with its log, model files, sample grids."""
 
 from __future__ import annotations

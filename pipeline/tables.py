@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables as CSV and Markdown: the paper's rows unchanged, ours beside them with what they were measured on."""
 
 from __future__ import annotations

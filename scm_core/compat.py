@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes `import torchvision` work beside a torch build that cannot load torchvision's own operators."""
 
 from __future__ import annotations

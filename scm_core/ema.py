@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Averages of weights: EDM2's power-function EMA (paper App. G; Karras et al. 2024, §3)."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classifier-free guidance: the teacher's guided output and the scales that a guided student is trained on (paper §5, App. D)."""
 
 from collections.abc import Callable

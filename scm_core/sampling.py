@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samplers: the teacher's ODE solvers and consistency sampling (paper §5.2, App. B). All exact in TrigFlow variables.
 
 A sampler calls `net(x_t/σ_d, t)` with t of shape (B,); bind labels and guidance first (`Guided`). NFE counts the network's forward passes,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeds derived from what they are for, so that randomness depends on neither batch size, process count nor resumption."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tangent of continuous-time consistency models: the rearranged JVP, its warmup and its normalisation (paper §4.2, §5.1).
 
     df/dt = −cos(t) (σ_d F⁻ − dx_t/dt) − sin(t) (x_t + σ_d dF⁻/dt)

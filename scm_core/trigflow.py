@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TrigFlow: the process, its times, and the four ways to say what a network predicts (paper §3, App. B).
 
 Times t are radians in [0, π/2]; x0 has standard deviation sigma_data per element and so has the noise z ~ N(0, sigma_data² I).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small KL-regularised autoencoder (Kingma & Welling 2014) that turns 32×32 images into 8×8 latents."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage dataset: read the source's images, check and store them."""
 
 from pipeline.context import Context

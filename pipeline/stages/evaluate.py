@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage evaluate: FID (with its standard error), precision and recall of one model over guidance and steps."""
 
 import json

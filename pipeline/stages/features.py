@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage features: train the classifier whose penultimate layer is the space of the demo's FID."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage figure2: samples of teacher, sCD and sCT from the same noise, one row for each model and number of steps."""
 
 import matplotlib

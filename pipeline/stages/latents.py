@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage latents: encode every image once; keep mean and standard deviation, so that each epoch draws its own sample."""
 
 from pipeline.context import Context

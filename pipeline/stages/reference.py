@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage reference: the features of the data and their moments, computed once for all evaluations."""
 
 from pipeline.context import Context

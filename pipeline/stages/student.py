@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage student: consistency training (sCT) or distillation (sCD), Algorithm 1 of the paper."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage table2: Table 2 of the paper, every published row beside ours."""
 
 from pipeline import paths

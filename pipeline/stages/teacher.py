@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage teacher: train the diffusion model (paper §3, App. D)."""
 
 import math

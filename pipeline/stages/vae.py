@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage vae: train the autoencoder that gives the latents."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Datasets: where images come from, how they and their latents are stored, and the order in which training sees them."""
 
 from scm_core.data.images import from_uint8, load_images, save_images, to_uint8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder of `.npy` arrays with an `index.json` of their shapes and SHA-256 digests: memory-mapped, nothing pickled."""
 
 from __future__ import annotations

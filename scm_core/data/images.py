@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image sets on disk, and the maps between uint8 pixels and the [−1, 1] that networks see."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The latents that latent-space models train on: one Gaussian per image, scaled to standard deviation σ_d."""
 
 from __future__ import annotations

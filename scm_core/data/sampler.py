@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order in which training sees the data: a function of (seed, step), so that resuming needs nothing but the step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the demo's images come from: sets that ship inside Python packages, so that nothing is downloaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics and the protocol around them; who needs an extractor imports `scm_core.evaluate.extractors` (slow)."""
 
 from scm_core.evaluate.frechet import FidResult, frechet_distance, frechet_with_error

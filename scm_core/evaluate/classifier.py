@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's feature network: a small classifier whose 64 penultimate features, standardised, are the space of its FID."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feature extractors behind torch-fidelity's interface: the demo's classifier and whatever it registers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fréchet distance of Gaussians (FID: Heusel et al. 2017) and its standard error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precision and recall of the k-nearest-neighbour manifolds, and the kernel distance (KID): exact, in bounded memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mean and covariance of features that arrive in batches or shards."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a number is measured: features of an image set, a reference to compare with, and the metrics together."""
 
 from __future__ import annotations

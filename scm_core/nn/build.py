@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks from a description, and model files: one safetensors file that holds the weights and the description."""
 
 import json

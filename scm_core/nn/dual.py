@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations on (value, tangent) pairs: one forward pass that gives F and dF together (paper §5.1).
 
 Every function takes plain tensors or `Dual`s. On a `Dual` it applies its operation to the value and the exact linearisation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Embeddings of the time t and of the guidance scale s (paper §4.1, App. G)."""
 
 import math

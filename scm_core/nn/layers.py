@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Magnitude-preserving layers of EDM2 (Karras et al. 2024, App. B) on tensors or (value, tangent) pairs.
 
 Weights are kept at unit variance per element for each output (`normalize_weights`, once after each optimizer step: EDM2's forced

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small magnitude-preserving network for images and latents of a few pixels (the scales that run on a CPU).
 
 One level of residual blocks after a pixel-unshuffle: EDM2's block with the paper's time embedding and adaptive double normalisation, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training objectives: one file for each method; each is a callable of a batch that gives a loss and what to log."""
 
 from typing import NamedTuple

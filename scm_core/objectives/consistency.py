@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continuous-time consistency models, Algorithm 1: sCT and sCD differ only in the velocity they follow (paper §4, §5)."""
 
 from functools import partial

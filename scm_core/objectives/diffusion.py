@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The diffusion objective of TrigFlow: velocity prediction with adaptive weighting (paper §3, App. D)."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: tensors in safetensors, the rest in JSON, written atomically and verified when read.
 
 Order of writing: temporary folder → files → fsync → SHA-256 manifest → rename → pointer. A checkpoint that does not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop: resume, step, log, checkpoint. The same for autoencoder, classifier, teacher and students."""
 
 import time

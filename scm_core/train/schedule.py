@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning-rate schedules: a factor on the reference rate as a function of the iteration."""
 
 import math

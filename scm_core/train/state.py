@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that changes while training, and its form in a checkpoint."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training step: loss, gradient, guard, Adam, forced weight normalisation, average."""
 
 from collections.abc import Callable

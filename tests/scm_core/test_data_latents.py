@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent stores: scaling to σ_d, sampling, disk; and the order of the data."""
 
 from pathlib import Path

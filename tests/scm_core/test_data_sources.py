@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image sets that ship in packages, and image sets on disk."""
 
 import csv

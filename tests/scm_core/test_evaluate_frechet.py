@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fréchet distance, its error and the moments, against closed forms, torch-fidelity and Monte Carlo."""
 
 import pytest

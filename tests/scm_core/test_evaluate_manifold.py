@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precision, recall and KID against brute force, torch-fidelity and cases whose answer is known."""
 
 import pytest

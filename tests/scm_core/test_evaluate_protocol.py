@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Extractors through torch-fidelity's interface, references on disk, and what is refused."""
 
 import json

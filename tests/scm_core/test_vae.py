@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VAE: shapes, its loss against torch's own distributions, its sampling, and that it learns."""
 
 import pytest
