@@ -5,21 +5,17 @@ One level of residual blocks after a pixel-unshuffle: EDM2's block with the pape
 neither attention nor resampling, which cost more than they bring at 4 × 4 positions.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from scm_core.nn import dual
-from scm_core.nn.dual import Dual, Maybe
+from scm_core.nn.dual import Maybe
 from scm_core.nn.embedding import PositionalEmbedding
 from scm_core.nn.layers import MPConv, MPLinear, adaptive_double_norm, mp_silu
 
 RESIDUAL_BALANCE = 0.3  # weight of a block's branch in its sum (EDM2, config G)
 LABEL_BALANCE = 0.5  # weight of the label embedding (EDM2, config G)
-
-DropoutMask = Callable[[Tensor], Tensor | None]  # gives the mask for an activation; one mask serves value and tangent
 
 
 class Block(nn.Module):
@@ -126,8 +122,3 @@ class LogVarHead(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.embed(t) @ self.weight / self.weight.numel() ** 0.5 + self.bias
-
-
-def is_pair(x: Maybe) -> bool:
-    """Whether x carries a tangent."""
-    return isinstance(x, Dual)
