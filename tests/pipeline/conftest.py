@@ -123,8 +123,9 @@ STAGES = {
             ctx.tracker.set_tag("kind", "fake")
             ctx.tracker.log_artifact(ctx.out / "size.txt", "tables")
     """,
-    # Ten steps of 0.1 s with a checkpoint after each: its result shows where it resumed.
+    # Thirty steps of STEP_SECONDS with a checkpoint after each: its result shows where it resumed.
     "steps": """
+        import os
         import time
         def run(ctx):
             file = ctx.work / "step"
@@ -134,7 +135,7 @@ STAGES = {
             progress = ctx.progress(30, "it")
             (ctx.out / "half").write_text("half-written")
             for step in range(start, 30):
-                time.sleep(0.1)
+                time.sleep(float(os.environ.get("STEP_SECONDS", "0.1")))
                 draft = file.with_suffix(".tmp")
                 draft.write_text(str(step + 1))
                 draft.replace(file)

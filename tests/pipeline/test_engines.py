@@ -102,13 +102,13 @@ def test_snakemake_names_a_fault_in_params(repository: Path, run: Run) -> None:
     file = repository / "params.yaml"
     text = file.read_text()
     try:
-        file.write_text(text.replace("lr: 1.0e-2", "lr: -1", 1))
+        file.write_text(text.replace("label_dropout: 0.1", "label_dropout: -1", 1))
         done = run("snakemake", "-n", "--cores", "1")
     finally:
         file.write_text(text)
     assert done.returncode != 0
-    key = "scales.demo.slots.latent_guided.teacher.lr"
-    assert done.stderr.strip() == f"error: params.yaml: {key}: must be greater than 0, got -1"
+    key = "scales.demo.slots.latent_guided.teacher.label_dropout"
+    assert done.stderr.strip() == f"error: params.yaml: {key}: must be at least 0, got -1"
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_a_chain_of_runs(repo: Any) -> None:
 
 def test_a_killed_job_keeps_its_run(repo: Any) -> None:
     repo.run("first", "inline")
-    job = repo.start("steps", "inline", **ON)
+    job = repo.start("steps", "inline", **ON, STEP_SECONDS="1")  # time enough to be killed after MLflow has been loaded
     header = repo.root / "runs/tiny/.lineage/steps/run.json"
     repo.wait_for(lambda: header.exists() and json.loads(header.read_text())["mlflow_run"], 40)
     before = json.loads(header.read_text())["mlflow_run"]
