@@ -52,14 +52,9 @@ def holder(job: "Job") -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Sets what numeric libraries read when they are loaded; call it before importing them.
-
-    `MKL_CBWR=COMPATIBLE`: otherwise MKL's products depend on where in memory their operands happen to lie, and two runs
-    of the same job differ in the last bit. It costs the demo's networks a few per cent; convolutions do not use MKL.
-    """
+    """Sets the thread counts that numeric libraries read when they are loaded; call it before importing them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         os.environ[name] = str(threads)
-    os.environ["MKL_CBWR"] = "COMPATIBLE"
 
 
 def run_stage(

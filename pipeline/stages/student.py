@@ -3,6 +3,8 @@
 
 import math
 
+import torch
+
 from pipeline.context import Context
 from pipeline.modelling import (
     MODEL,
@@ -28,6 +30,7 @@ def run(ctx: Context) -> None:
     seed = derive_seed(ctx.scale.seed, ctx.job.name)
     data = load_data(ctx)
     teacher = load_model(ctx.inputs["teacher"] / MODEL)
+    torch.manual_seed(derive_seed(seed, "init"))  # of the guidance input; the rest is the teacher's
     net, config = student_of(teacher, guidance_input=wanted.guidance is not None, dropout=wanted.dropout)
     velocity = {"sct": data_velocity, "scd": teacher_velocity(teacher.net, slot.sigma_data)}[method]
     logvar = LogVarHead(bias=math.log(math.prod(data.shape)))  # ‖g‖ ≈ 1 over all elements once normalised

@@ -111,7 +111,9 @@ def save_classifier(classifier: Classifier, path: str | Path, info: Mapping[str,
     """Write weights, standardisation, configuration and `info` (JSON values: data set, accuracy, …) to one safetensors
     file.
     """
-    metadata = {"format": FORMAT, "config": json.dumps(classifier.config), "info": json.dumps(dict(info or {}))}
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    header = {"format": FORMAT, "config": classifier.config, "info": dict(info or {})}
+    metadata = {"scm": json.dumps(header, sort_keys=True)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in classifier.state_dict().items()}
     save_file(tensors, str(path), metadata=metadata)
 
@@ -125,14 +127,14 @@ def load_classifier(path: str | Path) -> Classifier:
         raise FileNotFoundError(f"{path} is missing: make the classifier's weights first")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("scm", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): make it again") from error
-    if metadata.get("format") != FORMAT:
+    if header.get("format") != FORMAT:
         raise ValueError(f"{path} does not hold a classifier of format {FORMAT}")
     try:
-        classifier = Classifier(**json.loads(metadata["config"]))
+        classifier = Classifier(**header["config"])
         classifier.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own configuration ({error}): make it again") from error

@@ -64,11 +64,9 @@ def save_model(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], info: Mapping[str, Any] | None = None
 ) -> None:
     """Write weights (by parameter name), description and facts about them to one safetensors file."""
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(dict(config), sort_keys=True),
-        "info": json.dumps(dict(info or {}), sort_keys=True),
-    }
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    header = {"format": FORMAT, "config": dict(config), "info": dict(info or {})}
+    metadata = {"scm": json.dumps(header, sort_keys=True)}
     save_file({name: value.detach().contiguous() for name, value in weights.items()}, str(path), metadata=metadata)
 
 
@@ -81,13 +79,13 @@ def load_model(path: Path) -> Model:
         raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("scm", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error}); make it again") from None
-    if metadata.get("format") != FORMAT:
+    if header.get("format") != FORMAT:
         raise ValueError(f"{path}: not a model file of format {FORMAT}; make it again")
-    config, info = json.loads(metadata["config"]), json.loads(metadata["info"])
+    config, info = header["config"], header["info"]
     net = build_network(config)
     own = dict(net.named_parameters())
     for key in sorted(own.keys() ^ tensors.keys()):
