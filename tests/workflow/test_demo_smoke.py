@@ -100,11 +100,11 @@ class Copy(NamedTuple):
         (self.path / "params.yaml").write_text(changed)
 
     def files(self, folder: Path) -> dict[str, bytes]:
-        """The contents of a folder."""
+        """The contents of a folder, without the engines' own marks (.snakemake_timestamp)."""
         return {
             p.relative_to(self.path).as_posix(): p.read_bytes()
             for p in sorted((self.path / folder).rglob("*"))
-            if p.is_file()
+            if p.is_file() and not p.name.startswith(".")
         }
 
     def times(self) -> dict[str, int]:
