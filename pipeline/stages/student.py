@@ -53,4 +53,5 @@ def run(ctx: Context) -> None:
         ctx, config, data, lambda net, z, labels: student_samples(slot, net, z, labels, guidance, times, [])
     )
     state = run_training(ctx, settings, net, {"logvar": logvar}, objective, data.batches(settings.batch, seed), grids)
+    grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
     save_average(ctx, state, config, sigma_data=slot.sigma_data, method=method, teacher=ctx.input_runs["teacher"])

@@ -33,4 +33,5 @@ def run(ctx: Context) -> None:
     settings = train_settings(wanted, seed)
     grids = grid_sampler(ctx, config, data, lambda net, z, labels: teacher_samples(slot, net, z, labels, None))
     state = run_training(ctx, settings, net, {"logvar": logvar}, objective, data.batches(settings.batch, seed), grids)
+    grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
     save_average(ctx, state, config, sigma_data=slot.sigma_data)

@@ -68,7 +68,7 @@ def train(
             sums, count, applied, since, skipped = {}, 0, 0, now, state.skipped
         if store is not None and (state.iteration % settings.checkpoint_every == 0 or last):
             store.save(state.iteration, state.tensors(), state.meta())
-        if settings.sample_every and (state.iteration % settings.sample_every == 0 or last):
+        if settings.sample_every and state.iteration % settings.sample_every == 0:
             hooks.sample(state)
     for module in state.modules().values():
         module.eval()
