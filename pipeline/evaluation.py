@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.context import Context
 from pipeline.files import read_json, write_json
-from pipeline.modelling import MODEL, load_decoder, student_samples, teacher_samples
+from pipeline.modelling import CLASSIFIER_FILE, MODEL, load_decoder, student_samples, teacher_samples
 from scm_core.evaluate import load_reference
 from scm_core.evaluate.extractors import CLASSIFIER, create_extractor
 from scm_core.evaluate.protocol import evaluate, extract
@@ -21,6 +21,7 @@ from scm_core.seeds import sample_noise
 from scm_core.trigflow import t_max
 
 SELECT, REPORT = "select", "report"
+SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
 FIELDS = ("phase", "steps", "guidance", "nfe", "samples", "first_index", "fid", "fid_se", "precision", "recall")
 
 
@@ -85,7 +86,7 @@ class Evaluator:
         self.is_teacher = ctx.job.axes["method"] == "teacher"
         self.model: Model = load_model(ctx.inputs["teacher" if self.is_teacher else "student"] / MODEL)
         self.decode = load_decoder(ctx)
-        self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / "classifier.safetensors")
+        self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / CLASSIFIER_FILE)
         self.reference = load_reference(ctx.inputs["reference"], self.extractor.identity, ctx.slot.dataset.source)
         self.steps = (self.how.teacher.steps,) if self.is_teacher else (1, 2)
         guidable = ctx.slot.dataset.labels > 0 if self.is_teacher else self.model.config["guidance_input"]

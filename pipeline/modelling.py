@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.context import Context
 from pipeline.grids import save_grid
 from pipeline.params import BasicTraining, Decay, Slot, Training
-from scm_core.data import BatchOrder, from_uint8, load_images, load_latents, to_uint8
+from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import build_network, load_model, save_model
 from scm_core.objectives import Batch
 from scm_core.sampling import Guided, sample_consistency, sample_diffusion
@@ -28,6 +28,7 @@ from scm_core.vae import VAE
 
 MODEL = "model.safetensors"  # in the output of teacher and student
 VAE_FILE = "vae.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
 GRID_ROWS = 4
 
 
@@ -59,9 +60,13 @@ def load_data(ctx: Context) -> Data:
     if "latents" in ctx.inputs:
         store = load_latents(ctx.inputs["latents"])
         return Data(store.sample, store.labels if labelled else None, len(store), store.shape)
-    images = load_images(ctx.inputs["dataset"])
-    shape = (images.images.shape[1], images.images.shape[2], images.images.shape[3])
+    return image_data(load_images(ctx.inputs["dataset"]), labelled)
+
+
+def image_data(images: ImageSet, labelled: bool) -> Data:
+    """Images in [−1, 1], with their labels if asked for."""
     pixels = images.images
+    shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
     return Data(lambda index, _: from_uint8(pixels[index]), images.labels if labelled else None, len(images), shape)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.evaluation import REPORT
+from pipeline.evaluation import FACTS, REPORT, SWEEP
 
 TABLE2_COLUMNS = [
     "section",
@@ -43,8 +43,8 @@ def format_count(parameters: int) -> str:
 
 def read_evaluation(folder: Path) -> tuple[pd.DataFrame, dict]:
     """The reported points of an evaluation, and the facts about it."""
-    sweep = pd.read_csv(folder / "sweep.csv")
-    return sweep[sweep.phase == REPORT], json.loads((folder / "evaluation.json").read_text())
+    sweep = pd.read_csv(folder / SWEEP)
+    return sweep[sweep.phase == REPORT], json.loads((folder / FACTS).read_text())
 
 
 def best_guidance(folder: Path, steps: int | None = None) -> float | None:

@@ -6,10 +6,8 @@ import json
 import pandas as pd
 
 from pipeline.context import Context
-from pipeline.evaluation import FIELDS, REPORT, Evaluator
+from pipeline.evaluation import FACTS, FIELDS, REPORT, SWEEP, Evaluator
 from scm_core.nn.build import count_parameters
-
-SWEEP, FACTS = "sweep.csv", "evaluation.json"
 
 
 def run(ctx: Context) -> None:

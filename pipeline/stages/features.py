@@ -4,13 +4,11 @@
 import torch
 
 from pipeline.context import Context
-from pipeline.modelling import run_training, train_settings
-from scm_core.data import BatchOrder, from_uint8, load_images
+from pipeline.modelling import CLASSIFIER_FILE, image_data, run_training, train_settings
+from scm_core.data import load_images
 from scm_core.evaluate.classifier import Classifier, classifier_loss, fit_standardization, save_classifier
 from scm_core.objectives import Batch, Terms
 from scm_core.seeds import derive_seed
-
-WEIGHTS = "classifier.safetensors"
 
 
 def run(ctx: Context) -> None:
@@ -21,17 +19,14 @@ def run(ctx: Context) -> None:
     torch.manual_seed(derive_seed(seed, "init"))
     classifier = Classifier(dataset.channels, images.num_labels, wanted.dim, dataset.resolution)
     settings = train_settings(wanted.training, seed)
-    order = BatchOrder(len(images), settings.batch, seed)
-
-    def data(iteration: int) -> Batch:
-        indices = order.indices(iteration)
-        return Batch(from_uint8(images.images[indices]), images.labels[indices], indices)
 
     def objective(batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         assert batch.labels is not None
         terms = classifier_loss(classifier(batch.x0), batch.labels)
         return Terms(terms.loss, {"accuracy": terms.accuracy.detach()})
 
-    run_training(ctx, settings, classifier, {}, objective, data)
+    run_training(
+        ctx, settings, classifier, {}, objective, image_data(images, labelled=True).batches(settings.batch, seed)
+    )
     fit_standardization(classifier, images.images)
-    save_classifier(classifier, ctx.out / WEIGHTS, {"run": ctx.run_id, "dataset": images.name})
+    save_classifier(classifier, ctx.out / CLASSIFIER_FILE, {"run": ctx.run_id, "dataset": images.name})

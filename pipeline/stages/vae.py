@@ -5,8 +5,8 @@ import torch
 
 from pipeline.context import Context
 from pipeline.grids import save_grid
-from pipeline.modelling import VAE_FILE, run_training, train_settings
-from scm_core.data import BatchOrder, from_uint8, load_images, to_uint8
+from pipeline.modelling import VAE_FILE, image_data, run_training, train_settings
+from scm_core.data import from_uint8, load_images, to_uint8
 from scm_core.nn.build import build_network, save_model
 from scm_core.objectives import Batch, Terms
 from scm_core.seeds import derive_seed
@@ -29,18 +29,15 @@ def run(ctx: Context) -> None:
     vae = build_network(config)
     assert isinstance(vae, VAE)
     settings = train_settings(wanted.training, seed)
-    order = BatchOrder(len(images), settings.batch, seed)
-
-    def data(iteration: int) -> Batch:
-        indices = order.indices(iteration)
-        return Batch(from_uint8(images.images[indices]), None, indices)
 
     def objective(batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         reconstruction, mean, logvar = vae(batch.x0, generator)
         terms = vae_loss(batch.x0, reconstruction, mean, logvar, wanted.kl_weight)
         return Terms(terms.loss, {"mse": terms.mse.detach(), "kl": terms.kl.detach()})
 
-    state = run_training(ctx, settings, vae, {}, objective, data)
+    state = run_training(
+        ctx, settings, vae, {}, objective, image_data(images, labelled=False).batches(settings.batch, seed)
+    )
     save_model(ctx.out / VAE_FILE, vae.state_dict(), config, {"run": ctx.run_id, "iterations": state.iteration})
 
     originals = images.images[:20]

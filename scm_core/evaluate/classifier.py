@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scm_core.data.images import from_uint8
+from scm_core.described import load_described, save_described
 
 FORMAT = "scm-classifier-1"
 
@@ -111,30 +109,16 @@ def save_classifier(classifier: Classifier, path: str | Path, info: Mapping[str,
     """Write weights, standardisation, configuration and `info` (JSON values: data set, accuracy, …) to one safetensors
     file.
     """
-    # One entry only: safetensors writes several in an order that changes from run to run.
-    header = {"format": FORMAT, "config": classifier.config, "info": dict(info or {})}
-    metadata = {"scm": json.dumps(header, sort_keys=True)}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in classifier.state_dict().items()}
-    save_file(tensors, str(path), metadata=metadata)
+    save_described(Path(path), classifier.state_dict(), FORMAT, classifier.config, info)
 
 
 def load_classifier(path: str | Path) -> Classifier:
     """Return the classifier in a file of `save_classifier`; `FileNotFoundError` or `ValueError` for a missing or wrong
     file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: make the classifier's weights first")
+    tensors, config, _ = load_described(Path(path), FORMAT)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("scm", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}): make it again") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} does not hold a classifier of format {FORMAT}")
-    try:
-        classifier = Classifier(**header["config"])
+        classifier = Classifier(**config)
         classifier.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own configuration ({error}): make it again") from error

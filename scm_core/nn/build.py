@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks from a description, and model files: one safetensors file that holds the weights and the description."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scm_core.described import load_described, save_described
 from scm_core.nn.small import SmallNet
 from scm_core.vae import VAE
 
@@ -64,10 +62,7 @@ def save_model(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], info: Mapping[str, Any] | None = None
 ) -> None:
     """Write weights (by parameter name), description and facts about them to one safetensors file."""
-    # One entry only: safetensors writes several in an order that changes from run to run.
-    header = {"format": FORMAT, "config": dict(config), "info": dict(info or {})}
-    metadata = {"scm": json.dumps(header, sort_keys=True)}
-    save_file({name: value.detach().contiguous() for name, value in weights.items()}, str(path), metadata=metadata)
+    save_described(path, weights, FORMAT, config, info)
 
 
 def load_model(path: Path) -> Model:
@@ -75,17 +70,7 @@ def load_model(path: Path) -> Model:
 
     FileNotFoundError or ValueError with the file's name if it is missing or damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("scm", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error}); make it again") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a model file of format {FORMAT}; make it again")
-    config, info = header["config"], header["info"]
+    tensors, config, info = load_described(path, FORMAT)
     net = build_network(config)
     own = dict(net.named_parameters())
     for key in sorted(own.keys() ^ tensors.keys()):

@@ -234,7 +234,7 @@ def test_bad_weights_and_names_are_refused(weights: Path, tmp_path: Path) -> Non
         create_extractor(CLASSIFIER, tmp_path / "nothing")
     short = tmp_path / "short.safetensors"
     short.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="truncated or no safetensors"):
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         create_extractor(CLASSIFIER, short)
     with pytest.raises(ValueError, match="power of two"):
         Classifier(resolution=24)
