@@ -32,7 +32,7 @@ from pipeline.models import VAE_DOWNSAMPLING  # noqa: E402
 from pipeline.params import Slot  # noqa: E402
 from scm_core.guidance import VelocityFn, data_velocity, teacher_velocity  # noqa: E402
 from scm_core.nn.build import Model, build_network, count_parameters, student_of  # noqa: E402
-from scm_core.nn.small import LogVarHead  # noqa: E402
+from scm_core.nn.embedding import LogVarHead  # noqa: E402
 from scm_core.objectives import Batch  # noqa: E402
 from scm_core.objectives.consistency import ConsistencyObjective  # noqa: E402
 from scm_core.objectives.diffusion import DiffusionObjective  # noqa: E402

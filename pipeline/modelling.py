@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from pipeline.grids import save_grid
 from pipeline.params import BasicTraining, Decay, Slot, Training
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import build_network, load_model, save_model
-from scm_core.objectives import Batch
+from scm_core.objectives import Batch, Companion, Objective
 from scm_core.sampling import Guided, sample_consistency, sample_diffusion
-from scm_core.seeds import generator_for, sample_noise
+from scm_core.seeds import derive_seed, generator_for, sample_noise
 from scm_core.train.checkpoint import CheckpointStore
 from scm_core.train.loop import Hooks, train
 from scm_core.train.schedule import Schedule
 from scm_core.train.state import TrainSettings, TrainState
-from scm_core.train.step import Objective
 from scm_core.vae import VAE
 
 MODEL = "model.safetensors"  # in the output of teacher and student
@@ -129,8 +128,13 @@ def run_training(
     objective: Objective,
     data: Callable[[int], Batch],
     sample: Callable[[TrainState], None] = lambda state: None,
+    companions: Mapping[str, Companion] | None = None,
 ) -> TrainState:
-    """Train with checkpoints in the job's working folder, metrics to the tracker by images seen, and a progress display."""
+    """Train with checkpoints in the job's working folder, metrics to the tracker by images seen, and a progress display.
+
+    Companions train with the same settings, but without an average.
+    """
+    companions = companions or {}
     progress = ctx.progress(settings.iterations, "it")
     shown = ("loss", "tangent_norm", "images_per_second")
     hooks = Hooks(
@@ -138,7 +142,13 @@ def run_training(
         progress=lambda done, scalars: progress.update(done, **{key: scalars[key] for key in shown if key in scalars}),
         sample=sample,
     )
-    state = train(TrainState(net, settings, heads), objective, data, CheckpointStore(ctx.work / "checkpoints"), hooks)
+    beside = {}
+    for name, other in companions.items():
+        own = replace(settings, seed=derive_seed(settings.seed, name), ema_sigma_rel=None)  # noise of its own
+        beside[name] = TrainState(other.net, own, other.heads)
+    state = TrainState(net, settings, heads, beside)
+    objectives = {name: other.objective for name, other in companions.items()}
+    train(state, objective, data, CheckpointStore(ctx.work / "checkpoints"), hooks, objectives)
     progress.close()
     return state
 

@@ -156,6 +156,17 @@ class ConsistencyTraining(Training):
     guidance: GuidanceRange | None
     """Range of the guidance scale s ~ U[low, high] of each sample; null: no guidance."""
 
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the method in `scm_core.objectives.methods`."""
+        return {
+            "P_mean": self.P_mean,
+            "P_std": self.P_std,
+            "warmup": self.tangent_warmup,
+            "normalize": self.tangent_normalize,
+            "c": self.tangent_c,
+            "guidance": self.guidance,
+        }
+
     @model_validator(mode="after")
     def _ordered(self) -> ConsistencyTraining:
         if self.guidance and self.guidance[0] > self.guidance[1]:

@@ -5,19 +5,20 @@
 
 Multiplied by cos(t) (the prior weighting), with r on the part that is unstable early in training, this is
 g = −cos²(t) (σ_d F⁻ − dx_t/dt) − r (cos(t) sin(t) x_t + J), J = σ_d cos(t) sin(t) dF⁻/dt (Algorithm 1).
+
+A multistep model ends at a time s > 0 instead of 0: t − s then stands in every cosine and sine (Heek et al. 2024).
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scm_core.nn.dual import Dual
+from scm_core.engines import Engine, Net, value_and_jvp
 from scm_core.trigflow import broadcast_time
+from scm_core.validate import check_like, check_times
 
 Normalize = Literal["norm", "clip", "none"]
-Net = Callable[..., Any]  # (x, t) -> F; on pairs a pair, if it has `supports_dual`
 
 
 class Tangent(NamedTuple):
@@ -26,19 +27,6 @@ class Tangent(NamedTuple):
     F: Tensor
     g: Tensor
     norm: Tensor
-
-
-def value_and_jvp(net: Net, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """F(x, t) and its derivative along (dx, dt), in one pass.
-
-    A network with `supports_dual` carries (value, tangent) pairs through its own layers; any other callable goes through
-    `torch.func.jvp`. F keeps the autograd graph of the parameters, the derivative has none.
-    """
-    if getattr(net, "supports_dual", False):
-        F, dF = net(Dual(x, dx), Dual(t, dt))
-    else:
-        F, dF = torch.func.jvp(net, (x, t), (dx, dt))[:2]
-    return F, dF.detach()
 
 
 def normalize_tangent(g: Tensor, normalize: Normalize, c: float) -> tuple[Tensor, Tensor]:
@@ -62,15 +50,19 @@ def tangent(
     warmup: float = 1.0,
     normalize: Normalize = "norm",
     c: float = 0.1,
+    engine: Engine = "auto",
+    end: Tensor | None = None,
 ) -> Tangent:
     """Steps 3–5 of Algorithm 1 for x_t, dxdt of shape (B, …), t of shape (B,) in radians, r = `warmup` in [0, 1].
 
-    F keeps its graph, so that the pass that gives the tangent also serves the training loss.
+    F keeps its graph, so that the pass that gives the tangent also serves the training loss. `end` (B,) holds the time s that each
+    sample's consistency function leads to; None: 0.
     """
-    tb = broadcast_time(t, x_t)
+    tb = broadcast_time(t if end is None else t - end, x_t)
     cos, sin = torch.cos(tb), torch.sin(tb)
     # d(x_t/σ_d)/dt and dt/dt, both times σ_d cos(t) sin(t): J never holds the 1/cos that overflows half precision (§5.1)
-    F, J = value_and_jvp(net, x_t / sigma_data, t, cos * sin * dxdt.detach(), (cos * sin * sigma_data).flatten())
+    dx, dt = cos * sin * dxdt.detach(), (cos * sin * sigma_data).flatten()
+    F, J = value_and_jvp(net, x_t / sigma_data, t, dx, dt, engine)
     with torch.no_grad():  # g is a constant of the regression, whatever dx_t/dt was made by
         g = -(cos**2) * (sigma_data * F - dxdt) - warmup * (cos * sin * x_t + J)
         g, norm = normalize_tangent(g, normalize, c)
@@ -86,11 +78,16 @@ def scm_tangent(
     warmup: float = 1.0,
     normalize: Normalize = "norm",
     c: float = 0.1,
+    engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(F⁻, g) of Algorithm 1: the network's value without gradient and the direction its output is to move in.
 
     With `normalize="none"` and `warmup=1`, g = cos(t) df/dt, which vanishes for the true consistency function. Shapes and units as in
     `tangent`; `net(x_t/σ_d, t)` may be any differentiable callable.
+
+    Raises ValueError for times outside [0, π/2] or in half precision, and for shapes or devices that do not match.
     """
-    F, g, _ = tangent(net, x_t, t, dxdt, sigma_data, warmup, normalize, c)
+    check_times(t)
+    check_like("dxdt", dxdt, x_t, "x_t")
+    F, g, _ = tangent(net, x_t, t, dxdt, sigma_data, warmup, normalize, c, engine)
     return F.detach(), g

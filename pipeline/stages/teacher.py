@@ -8,7 +8,7 @@ import torch
 from pipeline.context import Context
 from pipeline.modelling import grid_sampler, load_data, run_training, save_average, teacher_samples, train_settings
 from scm_core.nn.build import build_network
-from scm_core.nn.small import LogVarHead
+from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives.diffusion import DiffusionObjective
 from scm_core.seeds import derive_seed
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of the time t and of the guidance scale s (paper §4.1, App. G)."""
+"""Embeddings of the time t and of the guidance scale s, and the head of the adaptive weighting (paper §4.1, App. D, G)."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scm_core.nn import dual
 from scm_core.nn.dual import Maybe
@@ -17,7 +17,7 @@ class PositionalEmbedding(nn.Module):
     variance, as EDM2's layers expect.
     """
 
-    frequencies: torch.Tensor
+    frequencies: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,3 +31,19 @@ class PositionalEmbedding(nn.Module):
     def forward(self, t: Maybe) -> Maybe:
         phase = dual.outer(t, self.frequencies.to(dual.value_of(t).dtype))
         return dual.scale(dual.concat([dual.cosine(phase), dual.sine(phase)]), math.sqrt(2))
+
+
+class LogVarHead(nn.Module):
+    """Adaptive weighting w_φ(t): positional embedding of t, one linear layer, a bias (App. D); (B,) → (B,), float32.
+
+    The bias starts at the optimum of an untrained network, so that the first steps are not spent on it: e^{w} D⁻¹ E‖·‖² = 1.
+    """
+
+    def __init__(self, bias: float, channels: int = 64) -> None:
+        super().__init__()
+        self.embed = PositionalEmbedding(channels)
+        self.weight = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.embed(t) @ self.weight / self.weight.numel() ** 0.5 + self.bias

@@ -106,19 +106,3 @@ class SmallNet(nn.Module):
         for block in self.blocks:
             x = block(x, emb, self.dropout)
         return dual.rearrange(self.conv_out(x, gain=self.out_gain), nnf.pixel_shuffle, self.patch)
-
-
-class LogVarHead(nn.Module):
-    """Adaptive weighting w_φ(t): positional embedding of t, one linear layer, a bias (App. D); (B,) → (B,), float32.
-
-    The bias starts at the optimum of an untrained network, so that the first steps are not spent on it: e^{w} D⁻¹ E‖·‖² = 1.
-    """
-
-    def __init__(self, bias: float, channels: int = 64) -> None:
-        super().__init__()
-        self.embed = PositionalEmbedding(channels)
-        self.weight = nn.Parameter(torch.zeros(channels))
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.embed(t) @ self.weight / self.weight.numel() ** 0.5 + self.bias

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training objectives: one file for each method; each is a callable of a batch that gives a loss and what to log."""
+"""Training objectives: one file for each method; each is a callable of a batch that gives a loss and what to log.
 
-from typing import NamedTuple
+`scm_core.objectives.methods` lists the students' methods by name.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
@@ -22,8 +26,35 @@ class Terms(NamedTuple):
     scalars: dict[str, Tensor]
 
 
-def adaptive_weighting(squared_error: Tensor, logvar: Tensor) -> Tensor:
-    """mean over the batch of e^{w(t)} · error − w(t) (App. D); both of shape (B,), error already divided by D."""
+class Objective(Protocol):
+    """Gives the loss of a batch at an iteration; all randomness of a step, dropout aside, comes from `generator`."""
+
+    def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms: ...
+
+
+class Companion(NamedTuple):
+    """A network that is trained beside the student: itself, its weighting heads, and its objective."""
+
+    net: nn.Module
+    heads: Mapping[str, nn.Module]
+    objective: Objective
+
+
+class Method(NamedTuple):
+    """What a method trains the student with: the objective, the student's weighting heads, and further networks by name."""
+
+    objective: Objective
+    heads: Mapping[str, nn.Module]
+    companions: Mapping[str, Companion]
+
+
+def adaptive_weighting(squared_error: Tensor, logvar: Tensor | None) -> Tensor:
+    """mean over the batch of e^{w(t)} · error − w(t) (App. D); both of shape (B,), error already divided by D.
+
+    `logvar=None`: without adaptive weighting, the mean of the error (Figure 5b).
+    """
+    if logvar is None:
+        return squared_error.mean()
     return (torch.exp(logvar) * squared_error - logvar).mean()
 
 

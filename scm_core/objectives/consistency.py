@@ -1,33 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuous-time consistency models, Algorithm 1: sCT and sCD differ only in the velocity they follow (paper §4, §5)."""
 
+import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scm_core.guidance import VelocityFn, sample_guidance
+from scm_core.engines import Engine, Net
+from scm_core.guidance import VelocityFn, data_velocity, sample_guidance, teacher_velocity
 from scm_core.nn.dual import Dual, Maybe
-from scm_core.objectives import Batch, Terms, adaptive_weighting, mean_square
-from scm_core.tangent import Normalize, tangent
+from scm_core.nn.embedding import LogVarHead
+from scm_core.objectives import Batch, Method, Terms, adaptive_weighting, mean_square
+from scm_core.tangent import Normalize, Tangent, tangent
 from scm_core.trigflow import diffuse, sample_times, velocity
 
 
-def scm_loss(F: Tensor, F_minus: Tensor, g: Tensor, logvar: Tensor) -> Tensor:
-    """e^{w(t)}/D · ‖F − F⁻ − g‖² − w(t), averaged over the batch (Eq. 8 of the paper's §4.2); its gradient is −2 e^w/D · g ∂F/∂θ."""
+def scm_loss(F: Tensor, F_minus: Tensor, g: Tensor, logvar: Tensor | None) -> Tensor:
+    """e^{w(t)}/D · ‖F − F⁻ − g‖² − w(t), averaged over the batch (Eq. 8 of the paper's §4.2); its gradient is −2 e^w/D · g ∂F/∂θ.
+
+    F, F⁻ and g of shape (B, …), w of shape (B,) or None (no adaptive weighting).
+    """
     return adaptive_weighting(mean_square(F - F_minus - g), logvar)
 
 
 class ConsistencyObjective:
     """Algorithm 1. `velocity_fn` is `data_velocity` (sCT) or `teacher_velocity(teacher)` (sCD).
 
-    `guidance` is the range of the scale s ~ U[low, high] for a student with a guidance input, or None. `warmup` is H, in iterations.
+    `logvar` is the head of the adaptive weighting, or None. `guidance` is the range of the scale s ~ U[low, high] for a student with
+    a guidance input, or None. `warmup` is H, in iterations. Discrete-time and multistep methods override `times` and `tangent`.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        logvar: nn.Module,
+        logvar: nn.Module | None,
         velocity_fn: VelocityFn,
         sigma_data: float,
         P_mean: float,
@@ -36,29 +44,37 @@ class ConsistencyObjective:
         normalize: Normalize = "norm",
         c: float = 0.1,
         guidance: tuple[float, float] | None = None,
+        engine: Engine = "auto",
     ) -> None:
         self.net, self.logvar, self.velocity_fn, self.sigma_data = net, logvar, velocity_fn, sigma_data
         self.P_mean, self.P_std, self.warmup, self.normalize, self.c = P_mean, P_std, warmup, normalize, c
-        self.guidance = guidance
+        self.guidance, self.engine = guidance, engine
+
+    def times(self, batch: int, generator: torch.Generator) -> Tensor:
+        """t of shape (batch,) from the proposal."""
+        return sample_times(batch, self.P_mean, self.P_std, self.sigma_data, generator)
+
+    def tangent(self, net: Net, x_t: Tensor, t: Tensor, dxdt: Tensor, r: float) -> Tangent:
+        """F and the direction g that it is to move in."""
+        return tangent(net, x_t, t, dxdt, self.sigma_data, r, self.normalize, self.c, self.engine)
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         x0, labels = batch.x0, batch.labels
         z = torch.randn(x0.shape, generator=generator, device=x0.device) * self.sigma_data
-        t = sample_times(len(x0), self.P_mean, self.P_std, self.sigma_data, generator)
+        t = self.times(len(x0), generator)
         s = sample_guidance(len(x0), *self.guidance, generator) if self.guidance else None
         x_t = diffuse(x0, z, t)
         dxdt = self.velocity_fn(x_t, t, velocity(x0, z, t), labels, s)
         r = min(1.0, iteration / self.warmup) if self.warmup else 1.0
-        net = _Conditioned(self.net, labels, s)
-        F, g, norm = tangent(net, x_t, t, dxdt, self.sigma_data, r, self.normalize, self.c)
-        logvar = self.logvar(t)
-        loss = scm_loss(F, F.detach(), g, logvar)
-        return Terms(
-            loss, {"tangent_norm": norm.mean(), "tangent_norm_max": norm.max(), "logvar": logvar.detach().mean()}
-        )
+        F, g, norm = self.tangent(Conditioned(self.net, labels, s), x_t, t, dxdt, r)
+        logvar = None if self.logvar is None else self.logvar(t)
+        scalars = {"tangent_norm": norm.mean(), "tangent_norm_max": norm.max()}
+        if logvar is not None:
+            scalars["logvar"] = logvar.detach().mean()
+        return Terms(scm_loss(F, F.detach(), g, logvar), scalars)
 
 
-class _Conditioned:
+class Conditioned:
     """net(·, ·, labels, guidance) as a function of (x, t), with the network's own way to carry tangents."""
 
     def __init__(self, net: nn.Module, labels: Tensor | None, guidance: Tensor | None) -> None:
@@ -67,3 +83,44 @@ class _Conditioned:
 
     def __call__(self, x: Maybe, t: Maybe) -> Tensor | Dual:
         return self.call(x, t)
+
+
+def consistency_head(shape: tuple[int, ...], adaptive_weighting: bool) -> dict[str, nn.Module]:
+    """The adaptive weighting's head by name, or nothing: normalised tangents have ‖g‖ ≈ 1 over all D elements, hence its bias ln D."""
+    return {"logvar": LogVarHead(bias=math.log(math.prod(shape)))} if adaptive_weighting else {}
+
+
+def sct(
+    net: nn.Module,
+    teacher: nn.Module | None,
+    sigma_data: float,
+    shape: tuple[int, ...],
+    *,
+    adaptive_weighting: bool = True,
+    **options: Any,
+) -> Method:
+    """Consistency training: the velocity of the data. `options` are those of `ConsistencyObjective`, `shape` is a sample's."""
+    heads = consistency_head(shape, adaptive_weighting)
+    return Method(ConsistencyObjective(net, heads.get("logvar"), data_velocity, sigma_data, **options), heads, {})
+
+
+def scd(
+    net: nn.Module,
+    teacher: nn.Module | None,
+    sigma_data: float,
+    shape: tuple[int, ...],
+    *,
+    adaptive_weighting: bool = True,
+    **options: Any,
+) -> Method:
+    """Consistency distillation: the velocity of the teacher, guided if the options have a range of guidance scales."""
+    heads = consistency_head(shape, adaptive_weighting)
+    velocity_fn = teacher_velocity(required(teacher), sigma_data)
+    return Method(ConsistencyObjective(net, heads.get("logvar"), velocity_fn, sigma_data, **options), heads, {})
+
+
+def required(teacher: nn.Module | None) -> nn.Module:
+    """The teacher; ValueError if there is none."""
+    if teacher is None:
+        raise ValueError("teacher: this method distils a teacher, got None")
+    return teacher

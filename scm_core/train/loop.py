@@ -2,15 +2,15 @@
 """The training loop: resume, step, log, checkpoint. The same for autoencoder, classifier, teacher and students."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from scm_core.objectives import Batch
+from scm_core.objectives import Batch, Objective
 from scm_core.train.checkpoint import CheckpointStore
 from scm_core.train.state import TrainState
-from scm_core.train.step import Objective, train_step
+from scm_core.train.step import train_step
 
 Scalars = dict[str, float]
 
@@ -32,8 +32,9 @@ def train(
     data: Callable[[int], Batch],
     store: CheckpointStore | None = None,
     hooks: Hooks | None = None,
+    companions: Mapping[str, Objective] | None = None,
 ) -> TrainState:
-    """Run `state` to the end of its settings, from the newest checkpoint of `store` if it has one.
+    """Run `state` to the end of its settings, from the newest checkpoint of `store` if it has one; `companions` as in `train_step`.
 
     `data(iteration)` gives the batch of a step, a function of the iteration alone. An interrupted and resumed run ends
     with the weights of an uninterrupted one, bit for bit on one machine. Raises CheckpointError and NonFiniteError.
@@ -44,10 +45,9 @@ def train(
         hooks.message(f"resumed from {checkpoint.path.name}: {state.iteration} of {settings.iterations} iterations")
     sums: dict[str, torch.Tensor] = {}
     since, count, applied, skipped = time.perf_counter(), 0, 0, state.skipped
-    for module in state.modules().values():
-        module.train()
+    state.train()
     while state.iteration < settings.iterations:
-        terms = train_step(state, objective, data(state.iteration))
+        terms = train_step(state, objective, data(state.iteration), companions)
         count += 1
         if not state.skipped_in_a_row:  # a mean of what was applied: one NaN would hide the others
             applied += 1
@@ -70,6 +70,5 @@ def train(
             store.save(state.iteration, state.tensors(), state.meta())
         if settings.sample_every and state.iteration % settings.sample_every == 0:
             hooks.sample(state)
-    for module in state.modules().values():
-        module.eval()
+    state.train(False)
     return state

@@ -33,10 +33,20 @@ class TrainSettings:
 
 
 class TrainState:
-    """The trained modules (`net` first, then heads), the optimizer, the average of `net`, and the counters."""
+    """The trained modules (`net` first, then heads), the optimizer, the average of `net`, and the counters.
 
-    def __init__(self, net: nn.Module, settings: TrainSettings, heads: Mapping[str, nn.Module] | None = None) -> None:
+    `companions` are the states of networks that are trained beside it, in step with it, and kept in its checkpoints (VSD's F_φ).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        settings: TrainSettings,
+        heads: Mapping[str, nn.Module] | None = None,
+        companions: Mapping[str, "TrainState"] | None = None,
+    ) -> None:
         self.net, self.heads, self.settings = net, dict(heads or {}), settings
+        self.companions = dict(companions or {})
         groups: list[dict[str, Any]] = [{"params": list(net.parameters()), "lr": settings.lr}]
         if self.heads:
             parameters = [p for head in self.heads.values() for p in head.parameters()]
@@ -53,8 +63,15 @@ class TrainState:
         self.iteration = self.nimg = self.skipped = self.skipped_in_a_row = 0
 
     def modules(self) -> dict[str, nn.Module]:
-        """All trained modules by name."""
+        """The trained modules by name, without the companions'."""
         return {"net": self.net, **self.heads}
+
+    def train(self, mode: bool = True) -> None:
+        """Put all modules, the companions' too, into training or evaluation mode."""
+        for module in self.modules().values():
+            module.train(mode)
+        for other in self.companions.values():
+            other.train(mode)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, buffers, optimizer moments and averages by name."""
@@ -66,11 +83,16 @@ class TrainState:
                 result |= {f"optimizer/{module_name}/{key}/{name}": value for name, value in moments.items()}
         if self.ema is not None:
             result |= {f"ema/{key}": value for key, value in self.ema.state().items()}
+        for name, other in self.companions.items():
+            result |= {f"companion/{name}/{key}": value for key, value in other.tensors().items()}
         return result
 
     def meta(self) -> dict[str, Any]:
         """The counters, for JSON."""
-        return {"nimg": self.nimg, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        counters = {"nimg": self.nimg, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if not self.companions:
+            return counters
+        return {**counters, "companions": {name: other.meta() for name, other in self.companions.items()}}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: str = "checkpoint") -> None:
@@ -91,5 +113,10 @@ class TrainState:
                 )
         for key, value in own.items():
             value.copy_(tensors[key])
-        self.iteration, self.nimg = int(meta["iteration"]), int(meta["nimg"])
+        self._count(int(meta["iteration"]), meta)
+
+    def _count(self, iteration: int, meta: Mapping[str, Any]) -> None:
+        self.iteration, self.nimg = iteration, int(meta["nimg"])
         self.skipped, self.skipped_in_a_row = int(meta["skipped"]), int(meta["skipped_in_a_row"])
+        for name, other in self.companions.items():
+            other._count(iteration, meta["companions"][name])

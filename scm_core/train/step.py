@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step: loss, gradient, guard, Adam, forced weight normalisation, average."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 
 from scm_core.nn.layers import normalize_weights
-from scm_core.objectives import Batch, Terms
+from scm_core.objectives import Batch, Objective, Terms
 from scm_core.seeds import derive_seed, generator_for
 from scm_core.train.state import TrainState
-
-Objective = Callable[[Batch, torch.Generator, int], Terms]
 
 
 class NonFiniteError(Exception):
     """Too many steps in a row gave a non-finite loss or gradient."""
 
 
-def train_step(state: TrainState, objective: Objective, batch: Batch) -> Terms:
+def train_step(
+    state: TrainState, objective: Objective, batch: Batch, companions: Mapping[str, Objective] | None = None
+) -> Terms:
     """Step number `state.iteration`: its randomness is a function of (seed, iteration) alone.
 
+    The state's companions make a step of their own first, with their objectives in `companions`.
     A step whose loss or gradient is not finite changes no weight and no average; it is counted, and `patience` of them in a row raise
     NonFiniteError. The images count as seen either way, so that the order of the data does not depend on the guard.
     """
+    scalars = {}
+    for name, other in state.companions.items():
+        terms = train_step(other, (companions or {})[name], batch)
+        scalars |= {f"{name}/{key}": value for key, value in {"loss": terms.loss, **terms.scalars}.items()}
     settings = state.settings
     torch.manual_seed(derive_seed(settings.seed, "dropout", state.iteration))  # the one use of the global generator
     state.optimizer.zero_grad(set_to_none=True)
@@ -51,4 +56,4 @@ def train_step(state: TrainState, objective: Objective, batch: Batch) -> Terms:
                 f"row were not finite; lower the learning rate (now {settings.lr}) or look at samples {batch.indices.tolist()[:8]} …"
             )
     state.iteration += 1
-    return Terms(terms.loss.detach(), {**terms.scalars, "grad_norm": norm.detach()})
+    return Terms(terms.loss.detach(), {**terms.scalars, "grad_norm": norm.detach(), **scalars})

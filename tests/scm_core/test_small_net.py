@@ -10,7 +10,8 @@ from torch import Tensor
 
 from scm_core.nn.build import Model, build_network, count_parameters, load_model, save_model, student_of
 from scm_core.nn.dual import Dual
-from scm_core.nn.small import LogVarHead, SmallNet
+from scm_core.nn.embedding import LogVarHead
+from scm_core.nn.small import SmallNet
 
 F64 = torch.float64
 CONFIG = {"architecture": "small", "channels": 2, "resolution": 4, "labels": 3, "width": 8, "blocks": 2}

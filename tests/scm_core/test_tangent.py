@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from scm_core.engines import value_and_jvp
 from scm_core.guidance import data_velocity, teacher_velocity
-from scm_core.nn.small import LogVarHead, SmallNet
+from scm_core.nn.embedding import LogVarHead
+from scm_core.nn.small import SmallNet
 from scm_core.objectives import Batch, adaptive_weighting, mean_square
 from scm_core.objectives.consistency import ConsistencyObjective, scm_loss
 from scm_core.objectives.diffusion import DiffusionObjective, diffusion_loss
-from scm_core.tangent import normalize_tangent, scm_tangent, tangent, value_and_jvp
+from scm_core.tangent import normalize_tangent, scm_tangent, tangent
 from scm_core.trigflow import diffuse, sample_times, velocity
 
 SIGMA_DATA = 0.5

@@ -13,7 +13,7 @@ from torch import Tensor
 from scm_core.data import BatchOrder
 from scm_core.guidance import teacher_velocity
 from scm_core.nn.build import Model, build_network, student_of
-from scm_core.nn.small import LogVarHead
+from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives import Batch, Terms
 from scm_core.objectives.consistency import ConsistencyObjective
 from scm_core.objectives.diffusion import DiffusionObjective

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.nn.build import build_network
-from scm_core.nn.small import LogVarHead
+from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives import Batch, Terms
 from scm_core.train.checkpoint import CheckpointError
 from scm_core.train.schedule import Schedule
