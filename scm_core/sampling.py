@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scm_core.guidance import guided
-from scm_core.trigflow import SIGMA_MAX, SIGMA_MIN, consistency_function
+from scm_core.trigflow import SIGMA_MAX, SIGMA_MIN, consistency_function, t_max
 
 Net = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +32,17 @@ def sigma_grid(steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGM
 def time_grid(steps: int, sigma_data: float) -> list[float]:
     """The times of a diffusion sampler, t_i = arctan(σ_i/σ_d), then 0: steps + 1 numbers, descending, in radians."""
     return [math.atan(sigma / sigma_data) for sigma in sigma_grid(steps)] + [0.0]
+
+
+def segment_times(segments: int, sigma_data: float) -> list[float]:
+    """The boundaries of `segments` equal pieces of [0, t_max]: segments + 1 times in radians, from t_max down to exactly 0.
+
+    A multistep consistency model leads from anywhere within a piece to its lower boundary (Heek et al. 2024). Raises ValueError for
+    segments < 1.
+    """
+    if segments < 1:
+        raise ValueError(f"segments: expected at least 1, got {segments}")
+    return [t_max(sigma_data) * ((segments - i) / segments) for i in range(segments + 1)]
 
 
 def _evaluate(net: Net, x_t: Tensor, t: float, sigma_data: float) -> Tensor:
