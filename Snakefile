@@ -65,6 +65,13 @@ def resource_of(stage, name, wildcards):
     return getattr(job_of(stage, wildcards).resources, name)
 
 
+urgency = registry.critical_path(jobs)
+
+
+def priority_of(stage, wildcards):
+    return round(urgency[job_of(stage, wildcards).name])
+
+
 rule all:
     default_target: True
     input:
@@ -87,8 +94,8 @@ for stage in dict.fromkeys(job.stage for job in jobs):
         log:
             # Written by the job itself; named here so that Snakemake shows it when the job fails.
             f"runs/{params.scale}/.logs/{'-'.join([stage, *(f'{{{a}}}' for a in registry.STAGES[stage].axes)])}.log",
-        # Training before evaluation: what long chains hang on goes first.
-        priority: len(registry.STAGES) - list(registry.STAGES).index(stage)
+        # What the longest chain of jobs hangs on goes first.
+        priority: partial(priority_of, stage)
         threads: partial(resource_of, stage, "threads")
         resources:
             mem_mb=partial(resource_of, stage, "memory_mb"),

@@ -15,12 +15,12 @@ from pipeline.params import Slot
 from pipeline.sections import BasicTraining, SmallNetwork, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
-# Seconds per image, per (width² · blocks) of the small network, of one teacher iteration.
-TEACHER = 280 / (3500 * 64 * 64**2 * 5)
+# Seconds per image, per (width² · blocks) of the small network, of one teacher iteration; two jobs at a time on two cores.
+TEACHER = 108 / (2500 * 64 * 64**2 * 5)
 FORWARD = TEACHER / 3  # a backward pass costs two forward passes
-SCT, SCD, SCD_GUIDED = 1.30, 1.68, 1.89  # teacher iterations per student iteration
-VAE = 70 / (1200 * 64 * 24**2)  # per image and width², an iteration of 32×32
-FEATURES = 40 / (600 * 64)  # per image
+SCT, SCD, SCD_GUIDED = 1.4, 1.8, 2.1  # teacher iterations per student iteration
+VAE = 40 / (1000 * 64 * 24**2)  # per image and width², an iteration of 32×32
+FEATURES = 12 / (600 * 64)  # per image
 IMAGES = 5000  # of the demo's dataset
 MB = 1024**2
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from pipeline.context import Context
 from pipeline.files import read_json, write_json
-from pipeline.modelling import CLASSIFIER_FILE, MODEL, load_decoder, student_samples, teacher_samples
+from pipeline.generation import TEACHER, noise_of, samples
+from pipeline.modelling import CLASSIFIER_FILE, MODEL, load_decoder
 from scm_core.evaluate import load_reference
 from scm_core.evaluate.extractors import CLASSIFIER, create_extractor
 from scm_core.evaluate.protocol import evaluate, extract
 from scm_core.nn.build import Model, load_model
 from scm_core.sampling import diffusion_nfe
-from scm_core.seeds import sample_noise
-from scm_core.trigflow import t_max
 
 SELECT, REPORT = "select", "report"
 SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
@@ -83,7 +82,8 @@ class Evaluator:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx, self.how = ctx, ctx.slot.evaluation
-        self.is_teacher = ctx.job.axes["method"] == "teacher"
+        self.method = ctx.job.axes["method"]
+        self.is_teacher = self.method == TEACHER
         self.model: Model = load_model(ctx.inputs["teacher" if self.is_teacher else "student"] / MODEL)
         self.decode = load_decoder(ctx)
         self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / CLASSIFIER_FILE)
@@ -104,16 +104,9 @@ class Evaluator:
 
     def generate(self, indices: range, point: Point) -> Tensor:
         """uint8 images of the samples with these indices."""
-        sigma_data = self.ctx.slot.sigma_data
         labels = torch.tensor([i % max(self.ctx.slot.dataset.labels, 1) for i in indices])
-        z = sigma_data * sample_noise(indices, self.shape)
-        if self.is_teacher:
-            x0 = teacher_samples(self.ctx.slot, self.model.net, z, labels, point.guidance)
-        else:
-            times = (t_max(sigma_data), self.how.t_mid)[: point.steps]
-            fresh = [sample_noise(indices, self.shape, f"step {i}") for i in range(1, point.steps)]
-            x0 = student_samples(self.ctx.slot, self.model.net, z, labels, point.guidance, times, fresh)
-        return self.decode(x0)
+        noise = noise_of(self.method, indices, self.shape, point.steps)
+        return self.decode(samples(self.ctx.slot, self.method, self.model.net, noise, labels, point.guidance))
 
     def measure(self, point: Point) -> dict[str, float]:
         """nfe, fid, fid_se, precision and recall at one point."""

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from pipeline.context import Context
 from pipeline.grids import save_grid
-from pipeline.params import BasicTraining, Decay, Slot, Training
+from pipeline.params import BasicTraining, Decay, Training
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import build_network, load_model, save_model
 from scm_core.objectives import Batch, Companion, Objective
-from scm_core.sampling import Guided, sample_consistency, sample_diffusion
 from scm_core.seeds import derive_seed, generator_for, sample_noise
 from scm_core.train.checkpoint import CheckpointStore
 from scm_core.train.loop import Hooks, train
@@ -156,48 +155,23 @@ def run_training(
 def grid_sampler(
     ctx: Context, config: Mapping[str, Any], data: Data, generate: Callable[[nn.Module, Tensor, Tensor], Tensor]
 ) -> Callable[[TrainState], None]:
-    """A hook that draws the averaged network's samples of every class from fixed noise, into samples.png and the tracker."""
+    """A hook that draws the averaged network's samples of every class from fixed unit noise, into samples.png and the tracker."""
     decode = load_decoder(ctx)
     columns = config["labels"] or 10
     labels = torch.arange(columns).repeat(GRID_ROWS)
-    z = ctx.slot.sigma_data * sample_noise(range(len(labels)), data.shape, "grid")
+    noise = sample_noise(range(len(labels)), data.shape, "grid")
 
     def sample(state: TrainState) -> None:
         assert state.ema is not None
         net = build_network(config).eval()
         net.load_state_dict(state.ema.state(), strict=False)
         path = ctx.out / "samples.png"
-        save_grid(decode(generate(net, z, labels)), path, columns)
+        save_grid(decode(generate(net, noise, labels)), path, columns)
         named = ctx.work / f"samples-{state.nimg:09d}.png"
         named.write_bytes(path.read_bytes())
         ctx.tracker.log_artifact(named, "samples")
 
     return sample
-
-
-def teacher_samples(slot: Slot, net: nn.Module, z: Tensor, labels: Tensor, guidance: float | None) -> Tensor:
-    """x0 (B, C, H, W) of the teacher from noise z, by the solver and steps of params.yaml."""
-    how = slot.evaluation.teacher
-    return sample_diffusion(Guided(net, labels_of(slot, labels), guidance), z, how.steps, slot.sigma_data, how.solver)
-
-
-def student_samples(
-    slot: Slot,
-    net: nn.Module,
-    z: Tensor,
-    labels: Tensor,
-    guidance: float | None,
-    times: tuple[float, ...],
-    fresh: list[Tensor],
-) -> Tensor:
-    """x0 (B, C, H, W) of a student from noise z at `times`, with `fresh` unit noise for each further step."""
-    call = Guided(net, labels_of(slot, labels), guidance, student=True)
-    return sample_consistency(call, z, times, slot.sigma_data, noise=[slot.sigma_data * noise for noise in fresh])
-
-
-def labels_of(slot: Slot, labels: Tensor) -> Tensor | None:
-    """Labels for a network of this slot: None where its networks are unconditional."""
-    return labels if slot.dataset.labels else None
 
 
 def save_average(ctx: Context, state: TrainState, config: Mapping[str, Any], **info: Any) -> None:

@@ -32,7 +32,7 @@ from pipeline.errors import RegistryError, suggestion
 from pipeline.job import REPORT_SLOT, REPORTS, Axes, Job, Point, Stage
 from pipeline.params import Params
 
-__all__ = ["STAGES", "Job", "Resources", "Stage", "find", "jobs", "parents", "settings"]
+__all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "find", "jobs", "parents", "settings"]
 
 
 def _slots(params: Params) -> Axes:
@@ -200,6 +200,21 @@ def parents(job: Job, among: Iterable[Job]) -> list[Job]:
     """The jobs of `among` whose outputs `job` reads, in the order of its inputs."""
     makers = {output: maker for maker in among for output in maker.outputs}
     return list({maker.name: maker for path in job.inputs.values() if (maker := makers.get(path))}.values())
+
+
+def critical_path(jobs: Iterable[Job]) -> dict[str, float]:
+    """For each job, by name, the expected seconds until the last job that needs it has ended, its own included.
+
+    `jobs` are in topological order. The job with the longest way to go should start first (critical-path scheduling).
+    """
+    ordered = list(jobs)
+    after: dict[str, float] = {}
+    for job in reversed(ordered):
+        seconds = job.resources.seconds
+        after[job.name] = seconds + after.get(job.name, 0.0)
+        for parent in parents(job, ordered):
+            after[parent.name] = max(after.get(parent.name, 0.0), after[job.name])
+    return after
 
 
 def stage_named(name: str) -> Stage:

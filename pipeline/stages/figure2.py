@@ -7,12 +7,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.context import Context
+from pipeline.generation import TEACHER, noise_of, samples
 from pipeline.job import REPORT_SLOT
-from pipeline.modelling import MODEL, load_decoder, student_samples, teacher_samples
+from pipeline.modelling import MODEL, load_decoder
 from pipeline.tables import METHOD_NAMES, best_guidance
 from scm_core.nn.build import load_model
-from scm_core.seeds import sample_noise
-from scm_core.trigflow import t_max
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
@@ -26,28 +25,21 @@ def run(ctx: Context) -> None:
     decode = load_decoder(ctx)
     labels = torch.tensor(wanted.labels)
     indices = range(wanted.seed, wanted.seed + len(labels))
-    times = (t_max(slot.sigma_data), how.t_mid)
     rows: list[tuple[str, Tensor]] = []
     for size in slot.sizes:
-        for method in ("teacher", *sorted(slot.students)):
-            name = f"teacher-{size}" if method == "teacher" else f"student-{size}-{method}"
-            model = load_model(ctx.inputs[name] / MODEL)
+        for method in (TEACHER, *sorted(slot.students)):
+            model = load_model(
+                ctx.inputs[f"teacher-{size}" if method == TEACHER else f"student-{size}-{method}"] / MODEL
+            )
             shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
-            z = slot.sigma_data * sample_noise(indices, shape)
-            evaluation = ctx.inputs[f"evaluate-{size}-{method}"]
-            for steps in (how.teacher.steps,) if method == "teacher" else (1, 2):
-                scale = best_guidance(evaluation, steps)
-                if method == "teacher":
-                    x0, what = (
-                        teacher_samples(slot, model.net, z, labels, scale),
-                        f"{how.teacher.solver}, {steps} steps",
-                    )
-                else:
-                    fresh = [sample_noise(indices, shape, f"step {i}") for i in range(1, steps)]
-                    x0 = student_samples(slot, model.net, z, labels, scale, times[:steps], fresh)
-                    what = f"{steps} step{'s' * (steps > 1)}"
+            for steps in (how.teacher.steps,) if method == TEACHER else (1, 2):
+                scale = best_guidance(ctx.inputs[f"evaluate-{size}-{method}"], steps)
+                noise = noise_of(method, indices, shape, steps)
+                images = decode(samples(slot, method, model.net, noise, labels, scale))
+                solver = f"{how.teacher.solver}, " if method == TEACHER else ""
                 guidance = "unguided" if scale is None else f"guidance {scale:g}"
-                rows.append((f"{METHOD_NAMES[method]}-{size}\n{what}, {guidance}", decode(x0)))
+                what = f"{solver}{steps} step{'s' * (steps > 1)}, {guidance}"
+                rows.append((f"{METHOD_NAMES[method]}-{size}\n{what}", images))
     figure = draw(rows, wanted.labels, f"{slot.dataset.source}, scale {ctx.job.scale}: same noise in each column")
     figure.savefig(ctx.out / "figure2.png", dpi=150, metadata={"Software": None})
     ctx.tracker.log_artifact(ctx.out / "figure2.png")

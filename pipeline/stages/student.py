@@ -4,19 +4,18 @@
 import torch
 
 from pipeline.context import Context
+from pipeline.generation import samples
 from pipeline.modelling import (
     MODEL,
     grid_sampler,
     load_data,
     run_training,
     save_average,
-    student_samples,
     train_settings,
 )
 from scm_core.nn.build import load_model, student_of
 from scm_core.objectives.methods import METHODS
 from scm_core.seeds import derive_seed
-from scm_core.trigflow import t_max
 
 
 def run(ctx: Context) -> None:
@@ -31,9 +30,8 @@ def run(ctx: Context) -> None:
     method = METHODS[name](net, teacher.net, slot.sigma_data, data.shape, **wanted.options())
     settings = train_settings(wanted, seed)
     guidance = 1.0 if wanted.guidance else None
-    times = (t_max(slot.sigma_data),)
     grids = grid_sampler(
-        ctx, config, data, lambda net, z, labels: student_samples(slot, net, z, labels, guidance, times, [])
+        ctx, config, data, lambda net, noise, labels: samples(slot, name, net, [noise], labels, guidance)
     )
     batches = data.batches(settings.batch, seed)
     state = run_training(ctx, settings, net, method.heads, method.objective, batches, grids, method.companions)
