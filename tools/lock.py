@@ -6,7 +6,7 @@ platform this runs on (Python 3.11, Linux x86-64). Two things are taken out of t
 every build of torch:
 
 - the local part of a version (`2.13.0+cpu` becomes `2.13.0`, which the CPU and the CUDA build both satisfy);
-- what only the CUDA build of torch asks for (nvidia-*, cuda-*, triton): it comes through torch's own metadata.
+- what only the CUDA build of torch asks for (nvidia-*, cuda-*): it comes through torch's own metadata.
 """
 
 import json
@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-CUDA_ONLY = re.compile(r"(nvidia|cuda)-.*|triton")
+CUDA_ONLY = re.compile(r"(nvidia|cuda)-.*")
 HEADER = """\
 # Every package of the environment, for Python 3.11 on Linux. Made from pyproject.toml by `make lock`: do not edit.
 # Without hashes: torch comes as a CPU or as a CUDA build of the same version, and each has its own.
