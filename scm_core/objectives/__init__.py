@@ -4,6 +4,7 @@
 `scm_core.objectives.methods` lists the students' methods by name.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -61,3 +62,9 @@ def adaptive_weighting(squared_error: Tensor, logvar: Tensor | None) -> Tensor:
 def mean_square(x: Tensor) -> Tensor:
     """‖x‖²/D per sample, in float32 at least: (B, …) → (B,)."""
     return x.float().square().flatten(1).mean(dim=1) if x.dtype != torch.float64 else x.square().flatten(1).mean(dim=1)
+
+
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless an option is a finite number > 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")

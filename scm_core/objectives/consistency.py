@@ -2,8 +2,9 @@
 """Continuous-time consistency models, Algorithm 1: sCT and sCD differ only in the velocity they follow (paper §4, §5)."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from scm_core.engines import Engine, Net
 from scm_core.guidance import VelocityFn, data_velocity, sample_guidance, teacher_velocity
 from scm_core.nn.dual import Dual, Maybe
 from scm_core.nn.embedding import LogVarHead
-from scm_core.objectives import Batch, Method, Terms, adaptive_weighting, mean_square
+from scm_core.objectives import Batch, Method, Terms, adaptive_weighting, check_positive, mean_square
 from scm_core.tangent import Normalize, Tangent, tangent
 from scm_core.trigflow import diffuse, sample_times, velocity
 
@@ -30,6 +31,8 @@ class ConsistencyObjective:
 
     `logvar` is the head of the adaptive weighting, or None. `guidance` is the range of the scale s ~ U[low, high] for a student with
     a guidance input, or None. `warmup` is H, in iterations. Discrete-time and multistep methods override `times` and `tangent`.
+
+    Raises ValueError for options out of range.
     """
 
     def __init__(
@@ -46,6 +49,13 @@ class ConsistencyObjective:
         guidance: tuple[float, float] | None = None,
         engine: Engine = "auto",
     ) -> None:
+        check_positive("P_std", P_std)
+        check_positive("c", c)
+        if warmup < 0:
+            raise ValueError(f"warmup: expected a number of iterations >= 0, got {warmup}")
+        if normalize not in get_args(Normalize):
+            raise ValueError(f"normalize: expected 'norm', 'clip' or 'none', got {normalize!r}")
+        check_guidance(guidance)
         self.net, self.logvar, self.velocity_fn, self.sigma_data = net, logvar, velocity_fn, sigma_data
         self.P_mean, self.P_std, self.warmup, self.normalize, self.c = P_mean, P_std, warmup, normalize, c
         self.guidance, self.engine = guidance, engine
@@ -85,38 +95,49 @@ class Conditioned:
         return self.call(x, t)
 
 
-def consistency_head(shape: tuple[int, ...], adaptive_weighting: bool) -> dict[str, nn.Module]:
-    """The adaptive weighting's head by name, or nothing: normalised tangents have ‖g‖ ≈ 1 over all D elements, hence its bias ln D."""
-    return {"logvar": LogVarHead(bias=math.log(math.prod(shape)))} if adaptive_weighting else {}
+def consistency_head(
+    shape: tuple[int, ...], sigma_data: float, adaptive_weighting: bool, normalize: Normalize
+) -> dict[str, nn.Module]:
+    """The adaptive weighting's head by name, or nothing. Its bias is where e^w ‖g‖²/D = 1 for an untrained network.
+
+    Normalised tangents have ‖g‖ ≈ 1 over all D elements: ln D. Others begin (r = 0) as the residual of a velocity, of RMS σ_d: −2 ln σ_d.
+    """
+    bias = math.log(math.prod(shape)) if normalize == "norm" else -2 * math.log(sigma_data)
+    return {"logvar": LogVarHead(bias=bias)} if adaptive_weighting else {}
 
 
-def sct(
+def consistency_method(
+    objective: Callable[..., ConsistencyObjective],
     net: nn.Module,
-    teacher: nn.Module | None,
+    velocity_fn: VelocityFn,
     sigma_data: float,
     shape: tuple[int, ...],
-    *,
     adaptive_weighting: bool = True,
+    normalize: Normalize = "norm",
     **options: Any,
 ) -> Method:
-    """Consistency training: the velocity of the data. `options` are those of `ConsistencyObjective`, `shape` is a sample's."""
-    heads = consistency_head(shape, adaptive_weighting)
-    return Method(ConsistencyObjective(net, heads.get("logvar"), data_velocity, sigma_data, **options), heads, {})
+    """The method of a consistency objective, with or without its weighting head (Figure 5b); further options are the objective's."""
+    heads = consistency_head(shape, sigma_data, adaptive_weighting, normalize)
+    made = objective(net, heads.get("logvar"), velocity_fn, sigma_data, normalize=normalize, **options)
+    return Method(made, heads, {})
 
 
-def scd(
-    net: nn.Module,
-    teacher: nn.Module | None,
-    sigma_data: float,
-    shape: tuple[int, ...],
-    *,
-    adaptive_weighting: bool = True,
-    **options: Any,
-) -> Method:
-    """Consistency distillation: the velocity of the teacher, guided if the options have a range of guidance scales."""
-    heads = consistency_head(shape, adaptive_weighting)
+def sct(net: nn.Module, teacher: nn.Module | None, sigma_data: float, shape: tuple[int, ...], **options: Any) -> Method:
+    """Consistency training: the velocity of the data. `options`: `adaptive_weighting` and those of `ConsistencyObjective` but `guidance`.
+
+    `shape` is a sample's. Raises ValueError for options out of range, and for guidance.
+    """
+    without_guidance(options.get("guidance"))
+    return consistency_method(ConsistencyObjective, net, data_velocity, sigma_data, shape, **options)
+
+
+def scd(net: nn.Module, teacher: nn.Module | None, sigma_data: float, shape: tuple[int, ...], **options: Any) -> Method:
+    """Consistency distillation: the velocity of the teacher, guided if the options have a range of guidance scales. Else as `sct`.
+
+    Raises ValueError for options out of range, and without a teacher.
+    """
     velocity_fn = teacher_velocity(required(teacher), sigma_data)
-    return Method(ConsistencyObjective(net, heads.get("logvar"), velocity_fn, sigma_data, **options), heads, {})
+    return consistency_method(ConsistencyObjective, net, velocity_fn, sigma_data, shape, **options)
 
 
 def required(teacher: nn.Module | None) -> nn.Module:
@@ -124,3 +145,17 @@ def required(teacher: nn.Module | None) -> nn.Module:
     if teacher is None:
         raise ValueError("teacher: this method distils a teacher, got None")
     return teacher
+
+
+def without_guidance(guidance: tuple[float, float] | None) -> None:
+    """ValueError for guidance scales where there is no teacher to guide."""
+    if guidance is not None:
+        raise ValueError(f"guidance: this method follows the data, not a teacher that could be guided, got {guidance}")
+
+
+def check_guidance(guidance: tuple[float, float] | None) -> None:
+    """ValueError unless a range of guidance scales is (low, high), low ≤ high, both finite."""
+    if guidance is not None and not (
+        len(guidance) == 2 and all(map(math.isfinite, guidance)) and guidance[0] <= guidance[1]
+    ):
+        raise ValueError(f"guidance: expected finite scales (low, high) with low <= high, got {guidance}")

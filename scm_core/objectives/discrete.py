@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Discrete-time consistency models, Algorithm 2: the tangent as a difference quotient over one step of a grid (paper App. E).
+
+With h = t − t' and x_t' = cos(h) x_t − sin(h) dx_t/dt, one DDIM step,
+Δ = (f(x_t, t) − f(x_t', t')) / sin(h) = −cos(t') (σ_d F − dx_t/dt) − sin(t') (x_t + (σ_d cos(h) F − σ_d F') / sin(h)),
+which tends to df/dt at first order in h. F = F(x_t/σ_d, t), F' = F(x_t'/σ_d, t').
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scm_core.engines import Net
+from scm_core.guidance import data_velocity, teacher_velocity
+from scm_core.objectives import Method
+from scm_core.objectives.consistency import ConsistencyObjective, consistency_method, required, without_guidance
+from scm_core.sampling import sigma_grid, time_grid
+from scm_core.tangent import Normalize, Tangent, normalize_tangent
+from scm_core.trigflow import broadcast_time
+
+
+def interval_times(intervals: int, sigma_data: float) -> Tensor:
+    """0 = t_0 < t_1 < … < t_N = t_max: EDM's grid of N intervals, t_i = arctan(σ_i/σ_d); radians, shape (N + 1,), float64.
+
+    Raises ValueError for fewer than 2 intervals.
+    """
+    if intervals < 2:
+        raise ValueError(f"intervals: expected at least 2, got {intervals}")
+    return torch.tensor(time_grid(intervals, sigma_data)[::-1], dtype=torch.float64)
+
+
+def interval_probabilities(intervals: int, P_mean: float, P_std: float) -> Tensor:
+    """The proposal on the grid: P(t = t_i) ∝ Φ(τ_i) − Φ(τ_{i−1}), τ_i = (ln σ_i − P_mean)/P_std, i = 1 … N; (N,), float64.
+
+    That is the log-normal of the continuous method, given σ ≤ 80, rounded up to the grid; τ_0 = −∞.
+    """
+    log_sigma = torch.tensor(sigma_grid(intervals)[::-1], dtype=torch.float64).log()
+    below = torch.special.ndtr((log_sigma - P_mean) / P_std)
+    return torch.diff(below, prepend=below.new_zeros(1)) / below[-1]
+
+
+def pass_before(net: Net, x: Tensor, t: Tensor) -> Tensor:
+    """F⁻(x, t) without gradient, with the dropout mask of the network's next pass: the generators are put back to where they were."""
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        return net(x, t)
+
+
+def discrete_tangent(
+    net: Net,
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    dxdt: Tensor,
+    sigma_data: float,
+    warmup: float = 1.0,
+    normalize: Normalize = "norm",
+    c: float = 0.1,
+) -> Tangent:
+    """Algorithm 2: F with its graph, g = cos(t) Δ, normalised, and ‖g‖ before; r = `warmup` stands before the second part of Δ.
+
+    x_t, dxdt of shape (B, …), 0 ≤ t_next < t of shape (B,) in radians. One dropout mask for both passes.
+    """
+    tb, end = broadcast_time(t, x_t), broadcast_time(t_next, x_t)
+    h = tb - end  # without rounding where t ≤ 2 t'
+    with torch.no_grad():
+        x_next = torch.cos(h) * x_t - torch.sin(h) * dxdt
+        F_next = pass_before(net, x_next / sigma_data, t_next).to(x_t.dtype)
+    F = net(x_t / sigma_data, t)
+    with torch.no_grad():
+        F_minus = F.to(x_t.dtype)  # the arithmetic is never in half precision
+        # (cos(h) F − F')/sin(h): the difference of neighbours is taken first, without rounding, so that only the network's own is divided
+        slope = (F_minus - F_next) / torch.sin(h) - torch.tan(h / 2) * F_minus
+        delta = -torch.cos(end) * (sigma_data * F_minus - dxdt) - warmup * torch.sin(end) * (x_t + sigma_data * slope)
+        g, norm = normalize_tangent(torch.cos(tb) * delta, normalize, c)
+    return Tangent(F, g, norm)
+
+
+class DiscreteObjective(ConsistencyObjective):
+    """Algorithm 2 on a grid of `intervals` steps; all else as in `ConsistencyObjective`, which has the other options (but `engine`).
+
+    Raises ValueError for fewer than 2 intervals, or for so many that float32 cannot tell their times apart.
+    """
+
+    def __init__(self, *arguments: Any, intervals: int, **options: Any) -> None:
+        if "engine" in options:
+            raise ValueError(f"engine: discrete time takes no derivative, got {options['engine']!r}")
+        super().__init__(*arguments, **options)
+        self.grid = interval_times(intervals, self.sigma_data).float()
+        if not bool((self.grid.diff() > 0).all()):
+            raise ValueError(f"intervals: expected few enough for distinct times in float32, got {intervals}")
+        self.below = interval_probabilities(intervals, self.P_mean, self.P_std).cumsum(0)[:-1]
+
+    def times(self, batch: int, generator: torch.Generator) -> Tensor:
+        """t of shape (batch,), the upper ends of intervals of the grid."""
+        device = generator.device
+        self.grid, self.below = self.grid.to(device), self.below.to(device)
+        u = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
+        return self.grid[torch.searchsorted(self.below, u, right=True) + 1]
+
+    def tangent(self, net: Net, x_t: Tensor, t: Tensor, dxdt: Tensor, r: float) -> Tangent:
+        """F and the difference quotient to the grid's time before t."""
+        t_next = self.grid[torch.searchsorted(self.grid, t) - 1]
+        return discrete_tangent(net, x_t, t, t_next, dxdt, self.sigma_data, r, self.normalize, self.c)
+
+
+def dsct(
+    net: nn.Module, teacher: nn.Module | None, sigma_data: float, shape: tuple[int, ...], **options: Any
+) -> Method:
+    """Discrete consistency training: with v_t the DDIM step leads to the same (x0, z) at t'. `options`: `intervals` and those of `sct`."""
+    without_guidance(options.get("guidance"))
+    return consistency_method(DiscreteObjective, net, data_velocity, sigma_data, shape, **options)
+
+
+def dscd(
+    net: nn.Module, teacher: nn.Module | None, sigma_data: float, shape: tuple[int, ...], **options: Any
+) -> Method:
+    """Discrete consistency distillation, Algorithm 2: one DDIM step of the teacher. `options`: `intervals` and those of `scd`."""
+    velocity_fn = teacher_velocity(required(teacher), sigma_data)
+    return consistency_method(DiscreteObjective, net, velocity_fn, sigma_data, shape, **options)
