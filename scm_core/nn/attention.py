@@ -10,6 +10,7 @@ the difference then drowns in rounding. No fused kernel of torch has a forward-m
 `chunked` in PyTorch for any device, `triton` (scm_core/nn/flash_jvp.py) on a GPU, where output and tangent come from one pass.
 """
 
+import functools
 import importlib.util
 import math
 from typing import Literal
@@ -22,10 +23,9 @@ from scm_core.nn.dual import Dual, Maybe, value_of
 
 Backend = Literal["auto", "chunked", "triton"]
 
+TRITON = importlib.util.find_spec("triton") is not None
 BLOCK = 256  # queries and keys per tile of `chunked`
-TILE = (
-    2**20
-)  # scores that `chunked` holds at a time, over all heads: 4 MB in float32, which a CPU's cache still helps with
+TILE = 2**20  # scores that `chunked` holds at a time, over all heads (4 MB in float32)
 
 
 def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, backend: Backend = "auto") -> Maybe:
@@ -50,7 +50,9 @@ def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, back
     if backend == "auto":
         backend = "triton" if _triton_fits(values[0]) else "chunked"
     if backend == "triton":
-        from scm_core.nn import flash_jvp  # imports triton, which only some installations have
+        if not TRITON:
+            raise ValueError("backend: 'triton' needs the package triton, which is not installed; use 'chunked'")
+        from scm_core.nn import flash_jvp  # here, because importing it imports triton
 
         return Dual(*flash_jvp.flash_attention(*values, *tangents, key_mask))
     with torch.no_grad():
@@ -81,18 +83,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
 
 
 def _triton_fits(q: Tensor) -> bool:
-    return (
-        q.is_cuda
-        and q.shape[3] <= 256
-        and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and importlib.util.find_spec("triton") is not None
-    )
+    return TRITON and q.is_cuda and q.shape[3] <= 256 and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """The value alone, in whichever kernel torch picks."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def tangent_dtype(*tangents: Tensor | None) -> torch.dtype:
+    """The dtype that holds them all; ẏ has it."""
+    return functools.reduce(torch.promote_types, [t.dtype for t in tangents if t is not None])
 
 
 def chunked_tangent(
@@ -110,8 +112,7 @@ def chunked_tangent(
     """
     heads, length, d = q.shape[1:]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dtype = max((t.dtype for t in (tq, tk, tv) if t is not None), key=lambda dt: torch.finfo(dt).bits)
-    result = torch.empty(q.shape, dtype=dtype, device=q.device).flatten(0, 1)
+    result = torch.empty(q.shape, dtype=tangent_dtype(tq, tk, tv), device=q.device).flatten(0, 1)
     parts = [None if x is None else x.flatten(0, 1) for x in (q, k, v, tq, tk, tv)]
     mask = None if key_mask is None else key_mask.repeat_interleave(heads, dim=0)[:, None, :]
     rows, columns = min(length, BLOCK), min(k.shape[2], BLOCK)
