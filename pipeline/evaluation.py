@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.context import Context
 from pipeline.files import read_json, write_json
-from pipeline.generation import TEACHER, noise_of, samples
+from pipeline.generation import noise_of, samples, student_of_job
 from pipeline.modelling import CLASSIFIER_FILE, MODEL, load_decoder
 from scm_core.evaluate import load_reference
 from scm_core.evaluate.extractors import CLASSIFIER, create_extractor
@@ -82,14 +82,13 @@ class Evaluator:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx, self.how = ctx, ctx.slot.evaluation
-        self.method = ctx.job.axes["method"]
-        self.is_teacher = self.method == TEACHER
-        self.model: Model = load_model(ctx.inputs["teacher" if self.is_teacher else "student"] / MODEL)
+        self.student = student_of_job(ctx.slot, ctx.job.axes["size"], ctx.job.axes["method"])
+        self.model: Model = load_model(ctx.inputs["student" if self.student else "teacher"] / MODEL)
         self.decode = load_decoder(ctx)
         self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / CLASSIFIER_FILE)
         self.reference = load_reference(ctx.inputs["reference"], self.extractor.identity, ctx.slot.dataset.source)
-        self.steps = (self.how.teacher.steps,) if self.is_teacher else (1, 2)
-        guidable = ctx.slot.dataset.labels > 0 if self.is_teacher else self.model.config["guidance_input"]
+        self.steps = self.student.steps if self.student else (self.how.teacher.steps,)
+        guidable = self.model.config["guidance_input"] if self.student else ctx.slot.dataset.labels > 0
         self.grid = self.how.guidance if guidable else None
         config = self.model.config
         self.shape = (config["channels"], config["resolution"], config["resolution"])
@@ -98,15 +97,15 @@ class Evaluator:
 
     def nfe(self, point: Point) -> int:
         """Forward passes of the network for one sample; classifier-free guidance doubles the teacher's."""
-        if self.is_teacher:
+        if self.student is None:
             return diffusion_nfe(self.how.teacher.solver, point.steps, guidance=point.guidance not in (None, 1.0))
         return point.steps
 
     def generate(self, indices: range, point: Point) -> Tensor:
         """uint8 images of the samples with these indices."""
         labels = torch.tensor([i % max(self.ctx.slot.dataset.labels, 1) for i in indices])
-        noise = noise_of(self.method, indices, self.shape, point.steps)
-        return self.decode(samples(self.ctx.slot, self.method, self.model.net, noise, labels, point.guidance))
+        noise = noise_of(self.student, indices, self.shape, point.steps)
+        return self.decode(samples(self.ctx.slot, self.student, self.model.net, noise, labels, point.guidance))
 
     def measure(self, point: Point) -> dict[str, float]:
         """nfe, fid, fid_se, precision and recall at one point."""

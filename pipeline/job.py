@@ -15,6 +15,11 @@ REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
 REPORTS = Path("reports")
 
 
+def table2_students(slot: Slot) -> list[str]:
+    """The students that Table 2 and Figure 2 show, of those that the slot trains."""
+    return [name for name in ("scd", "sct") if name in slot.students]
+
+
 @dataclass(frozen=True)
 class Job:
     """One unit of work of one scale: a stage at one point of its axes. Paths are relative to the repository."""

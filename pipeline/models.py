@@ -16,7 +16,6 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ParamsError, suggestion
 from pipeline.sections import (
-    ConsistencyTraining,
     Dataset,
     Evaluation,
     Features,
@@ -29,6 +28,7 @@ from pipeline.sections import (
     Vae,
     problem,
 )
+from pipeline.students import UNGUIDED, Student, StudentTraining
 
 VAE_DOWNSAMPLING = 4  # the VAE halves each side twice: 32×32 images to 8×8 latents
 SMALL_DOWNSAMPLING = 2  # the small network starts with one pixel-unshuffle
@@ -36,13 +36,11 @@ SMALL_DOWNSAMPLING = 2  # the small network starts with one pixel-unshuffle
 # Names become folders, wildcards of Snakemake, stage names of DVC and words of a command line.
 ScaleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=32)]
 SizeName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=32)]
-METHODS = ("sct", "scd")
+StudentName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=32)]
 if TYPE_CHECKING:  # to the rest of the code these are words that come from the command line
     SlotName = str
-    Method = str
 else:
     SlotName = Literal["pixel_uncond", "pixel_cond", "latent_guided"]
-    Method = Literal[METHODS]
 
 
 class Size(Model):
@@ -50,7 +48,7 @@ class Size(Model):
 
     network: Network
     teacher: TeacherTraining
-    students: Mapping[Method, ConsistencyTraining]
+    students: Mapping[StudentName, Student]
 
 
 class Slot(Model):
@@ -63,7 +61,7 @@ class Slot(Model):
     sigma_data: Positive
     """Standard deviation that the data are scaled to."""
     teacher: TeacherTraining
-    students: Annotated[Mapping[Method, ConsistencyTraining], Field(min_length=1)]
+    students: Annotated[Mapping[StudentName, Student], Field(min_length=1)]
     sizes: Annotated[Mapping[SizeName, Size], Field(min_length=1)]
     evaluation: Evaluation
     figure2: Figure2 | None = None
@@ -83,6 +81,8 @@ class Slot(Model):
         if self.dataset.resolution % unit:
             what = "the VAE and the small network" if self.vae else "the small network"
             raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
+        if "teacher" in self.students:
+            raise problem("students.teacher", "is the name of the teacher itself: give the student another one")
         for name in self.sizes:
             self._check_size(name)
         if self.figure2:
@@ -106,8 +106,8 @@ class Slot(Model):
             key = f"students.{method}.guidance"
             if student.guidance is None:
                 continue
-            if method == "sct":
-                raise problem(key, "must be null: sCT learns from data and has no teacher velocity to guide")
+            if why := UNGUIDED.get(student.method):
+                raise problem(key, f"must be null: {why} and has no teacher velocity to guide")
             if not guidable:
                 raise problem(key, f"{remedy}, or set it to null")
             low, high = student.guidance
@@ -122,8 +122,8 @@ class Slot(Model):
         """Teacher training of one size, its overrides merged in."""
         return self.sizes[size].teacher
 
-    def student_for(self, size: str, method: str) -> ConsistencyTraining:
-        """Student training of one size and method, its overrides merged in."""
+    def student_for(self, size: str, method: str) -> StudentTraining:
+        """Training of the student of that name for one size, its overrides merged in."""
         return self.sizes[size].students[method]
 
 
@@ -139,7 +139,7 @@ def _merge(name: Any, size: Any, base: Mapping[str, Any]) -> Any:
     if isinstance(own, Mapping) and isinstance(below, Mapping):
         merged["students"] = {}
         for method, section in own.items():
-            if method not in below and all(known in METHODS for known in below):
+            if method not in below and all(isinstance(known, str) for known in below):
                 at = f"sizes.{name}.students.{method}"
                 raise PydanticCustomError("unknown_key", "unknown", {"at": at, "known": list(below)})
             both = isinstance(section, Mapping) and isinstance(below.get(method), Mapping)

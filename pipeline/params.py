@@ -20,7 +20,6 @@ from pipeline.errors import ParamsError, suggestion
 from pipeline.models import Params, Scale, Size, Slot
 from pipeline.sections import (
     BasicTraining,
-    ConsistencyTraining,
     Dataset,
     Decay,
     Evaluation,
@@ -35,10 +34,10 @@ from pipeline.sections import (
     Training,
     Vae,
 )
+from pipeline.students import StudentTraining
 
 __all__ = [
     "BasicTraining",
-    "ConsistencyTraining",
     "Dataset",
     "Decay",
     "Evaluation",
@@ -53,6 +52,7 @@ __all__ = [
     "Size",
     "Slot",
     "SmallNetwork",
+    "StudentTraining",
     "TeacherSampling",
     "TeacherTraining",
     "Training",
@@ -187,7 +187,7 @@ def _sentence(error: ValidationError, data: Any) -> str:
     if kind == "unknown_key":
         return f"{key}: unknown key; {suggestion(path[-1], context['known'], 'keys here')}"
     if "[key]" in first["loc"]:
-        if kind == "literal_error":
+        if kind == "literal_error":  # a slot
             return f"{key}: unknown name; it must be {context['expected']}"
         return f"{key}: not a name: use letters, digits and underscores, a letter first (at most 32 characters)"
     template = _SENTENCES.get(kind)
@@ -245,14 +245,21 @@ def _one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
+def _student_schema(size: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a student within that of a size, which maps names to students."""
+    return next(iter(size["properties"]["students"]["patternProperties"].values()))
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of params.yaml, for editors; in it a size's overrides need not be complete."""
     result = Params.model_json_schema()
     definitions = result["$defs"]
-    for name in ("TeacherTraining", "ConsistencyTraining"):
+    students = [reference["$ref"].rpartition("/")[2] for reference in _student_schema(definitions["Size"])["oneOf"]]
+    for name in ("TeacherTraining", *students):
         partial = {key: value for key, value in definitions[name].items() if key != "required"}
         definitions[f"{name}Override"] = {**partial, "title": f"{name}Override"}
-    size = definitions["Size"]["properties"]
-    size["teacher"]["$ref"] += "Override"
-    size["students"]["additionalProperties"]["$ref"] += "Override"
+    definitions["Size"]["properties"]["teacher"]["$ref"] += "Override"
+    overrides = _student_schema(definitions["Size"])
+    overrides.clear()  # without the key `method` more than one may fit
+    overrides["anyOf"] = [{"$ref": f"#/$defs/{name}Override"} for name in students]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result, "title": "params.yaml"}

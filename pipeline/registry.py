@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from pipeline import costs
 from pipeline.costs import Resources
 from pipeline.errors import RegistryError, suggestion
-from pipeline.job import REPORT_SLOT, REPORTS, Axes, Job, Point, Stage
+from pipeline.job import REPORT_SLOT, REPORTS, Axes, Job, Point, Stage, table2_students
 from pipeline.params import Params
 
 __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "find", "jobs", "parents", "settings"]
@@ -72,7 +72,7 @@ def _evaluations(point: Point) -> dict[str, Path]:
     return {
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
         for size in point.slot.sizes
-        for method in ("teacher", *point.slot.students)
+        for method in ("teacher", *table2_students(point.slot))
     }
 
 
@@ -81,7 +81,9 @@ def _figure2_inputs(point: Point) -> dict[str, Path]:
     inputs: dict[str, Path] = {}
     for size in point.slot.sizes:
         inputs[f"teacher-{size}"] = point.folder("teacher", size)
-        inputs |= {f"student-{size}-{method}": point.folder("student", size, method) for method in point.slot.students}
+        inputs |= {
+            f"student-{size}-{name}": point.folder("student", size, name) for name in table2_students(point.slot)
+        }
     return {**inputs, **point.decoder(), **_evaluations(point)}
 
 

@@ -130,10 +130,6 @@ class Training(Model):
     decay: Decay
     ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)]
     """Relative width of the power-function EMA; 0.2887 would be the plain average (γ = 0)."""
-    P_mean: float
-    """Mean of ln σ of the proposal."""
-    P_std: Positive
-    """Standard deviation of ln σ of the proposal."""
     dropout: Probability
     logvar_lr: Positive
     """Learning rate of the adaptive weighting head."""
@@ -143,35 +139,12 @@ class Training(Model):
 
 
 class TeacherTraining(Training):
+    P_mean: float
+    """Mean of ln σ of the proposal."""
+    P_std: Positive
+    """Standard deviation of ln σ of the proposal."""
     label_dropout: Probability
     """Probability of hiding the label, which trains the unconditional model that guidance needs."""
-
-
-class ConsistencyTraining(Training):
-    tangent_warmup: Index
-    """H: iterations over which the unstable part of the tangent is faded in."""
-    tangent_normalize: Literal["norm", "clip", "none"]
-    tangent_c: Positive
-    """c of the normalisation g/(‖g‖ + c)."""
-    guidance: GuidanceRange | None
-    """Range of the guidance scale s ~ U[low, high] of each sample; null: no guidance."""
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of the method in `scm_core.objectives.methods`."""
-        return {
-            "P_mean": self.P_mean,
-            "P_std": self.P_std,
-            "warmup": self.tangent_warmup,
-            "normalize": self.tangent_normalize,
-            "c": self.tangent_c,
-            "guidance": self.guidance,
-        }
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ConsistencyTraining:
-        if self.guidance and self.guidance[0] > self.guidance[1]:
-            raise problem("guidance", f"must be [low, high] with low ≤ high, got {list(self.guidance)}")
-        return self
 
 
 class SmallNetwork(Model):

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.context import Context
-from pipeline.generation import TEACHER, noise_of, samples
-from pipeline.job import REPORT_SLOT
+from pipeline.generation import TEACHER, noise_of, samples, student_of_job
+from pipeline.job import REPORT_SLOT, table2_students
 from pipeline.modelling import MODEL, load_decoder
 from pipeline.tables import METHOD_NAMES, best_guidance
 from scm_core.nn.build import load_model
@@ -27,15 +27,16 @@ def run(ctx: Context) -> None:
     indices = range(wanted.seed, wanted.seed + len(labels))
     rows: list[tuple[str, Tensor]] = []
     for size in slot.sizes:
-        for method in (TEACHER, *sorted(slot.students)):
+        for method in (TEACHER, *table2_students(slot)):
             model = load_model(
                 ctx.inputs[f"teacher-{size}" if method == TEACHER else f"student-{size}-{method}"] / MODEL
             )
             shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
-            for steps in (how.teacher.steps,) if method == TEACHER else (1, 2):
+            student = student_of_job(slot, size, method)
+            for steps in student.steps if student else (how.teacher.steps,):
                 scale = best_guidance(ctx.inputs[f"evaluate-{size}-{method}"], steps)
-                noise = noise_of(method, indices, shape, steps)
-                images = decode(samples(slot, method, model.net, noise, labels, scale))
+                noise = noise_of(student, indices, shape, steps)
+                images = decode(samples(slot, student, model.net, noise, labels, scale))
                 solver = f"{how.teacher.solver}, " if method == TEACHER else ""
                 guidance = "unguided" if scale is None else f"guidance {scale:g}"
                 what = f"{solver}{steps} step{'s' * (steps > 1)}, {guidance}"

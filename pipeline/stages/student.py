@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage student: consistency training (sCT) or distillation (sCD), Algorithm 1 of the paper."""
+"""Stage student: train a consistency model by one of the methods of `scm_core.objectives.methods`."""
 
 import torch
 
@@ -27,13 +27,15 @@ def run(ctx: Context) -> None:
     teacher = load_model(ctx.inputs["teacher"] / MODEL)
     torch.manual_seed(derive_seed(seed, "init"))  # of the guidance input; the rest is the teacher's
     net, config = student_of(teacher, guidance_input=wanted.guidance is not None, dropout=wanted.dropout)
-    method = METHODS[name](net, teacher.net, slot.sigma_data, data.shape, **wanted.options())
+    method = METHODS[wanted.method](net, teacher.net, slot.sigma_data, data.shape, **wanted.options())
     settings = train_settings(wanted, seed)
     guidance = 1.0 if wanted.guidance else None
     grids = grid_sampler(
-        ctx, config, data, lambda net, noise, labels: samples(slot, name, net, [noise], labels, guidance)
+        ctx, config, data, lambda net, noise, labels: samples(slot, wanted, net, [noise], labels, guidance)
     )
     batches = data.batches(settings.batch, seed)
     state = run_training(ctx, settings, net, method.heads, method.objective, batches, grids, method.companions)
     grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
-    save_average(ctx, state, config, sigma_data=slot.sigma_data, method=name, teacher=ctx.input_runs["teacher"])
+    save_average(
+        ctx, state, config, sigma_data=slot.sigma_data, method=wanted.method, teacher=ctx.input_runs["teacher"]
+    )

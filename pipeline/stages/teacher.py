@@ -6,7 +6,7 @@ import math
 import torch
 
 from pipeline.context import Context
-from pipeline.generation import TEACHER, samples
+from pipeline.generation import samples
 from pipeline.modelling import grid_sampler, load_data, run_training, save_average, train_settings
 from scm_core.nn.build import build_network
 from scm_core.nn.embedding import LogVarHead
@@ -32,9 +32,7 @@ def run(ctx: Context) -> None:
     logvar = LogVarHead(bias=-2 * math.log(slot.sigma_data))  # F = 0 errs by σ_d² per element
     objective = DiffusionObjective(net, logvar, slot.sigma_data, wanted.P_mean, wanted.P_std, wanted.label_dropout)
     settings = train_settings(wanted, seed)
-    grids = grid_sampler(
-        ctx, config, data, lambda net, noise, labels: samples(slot, TEACHER, net, [noise], labels, None)
-    )
+    grids = grid_sampler(ctx, config, data, lambda net, noise, labels: samples(slot, None, net, [noise], labels, None))
     state = run_training(ctx, settings, net, {"logvar": logvar}, objective, data.batches(settings.batch, seed), grids)
     grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
     save_average(ctx, state, config, sigma_data=slot.sigma_data)

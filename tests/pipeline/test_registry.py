@@ -80,6 +80,21 @@ def test_parents_and_primary_input(params: Params) -> None:
     assert list(evaluate.inputs) == ["teacher", "latents", "vae", "features", "reference"]
 
 
+def test_the_critical_path_is_the_longest_chain(params: Params) -> None:
+    """Against every chain written out: no job starts a longer one than `critical_path` says, and one is as long."""
+    jobs = registry.jobs(params)
+    children = {job.name: [child for child in jobs if job in registry.parents(child, jobs)] for job in jobs}
+
+    def chains(job: Job) -> list[float]:
+        return [job.resources.seconds + rest for child in children[job.name] for rest in chains(child)] or [
+            job.resources.seconds
+        ]
+
+    after = registry.critical_path(jobs)
+    assert after == pytest.approx({job.name: max(chains(job)) for job in jobs})
+    assert after["student-latent_guided-M-scd"] > after["student-latent_guided-M-sct"]
+
+
 def test_sources_exist(params: Params) -> None:
     missing = {str(path) for job in registry.jobs(params) for path in job.sources if not (ROOT / path).is_file()}
     assert missing == set()

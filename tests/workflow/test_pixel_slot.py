@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A slot of pixel data, without VAE and latents, through every stage that it has."""
+
+import csv
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+GUIDED = {"teacher": True, "scd": True, "sct": False, "scd_m4": True, "both": True}  # evaluated models
+STEPS = {"teacher": {"4"}, "scd": {"1", "2"}, "sct": {"1", "2"}, "scd_m4": {"4"}, "both": {"1", "2"}}
+
+
+def pixel_slot(params: dict[str, Any]) -> None:
+    """Give scale smoke the labelled digits of scikit-learn, 8×8 pixels, with the numbers of its latent slot."""
+    slots = params["scales"]["smoke"]["slots"]
+    slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
+    slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}
+    # two more students: one that is sampled in segments, one that trains a second network beside it
+    scd = slot["students"]["scd"]
+    vsd = {"vsd_weight": 1.0, "vsd_P_mean": 0.4, "vsd_P_std": 2.0, "fake_P_mean": -0.8, "fake_P_std": 1.6}
+    slot["students"]["scd_m4"] = {**scd, "method": "multistep", "segments": 4}
+    slot["students"]["both"] = {**scd, "method": "scd_vsd", **vsd, "fake_guidance": True}
+    slot["sizes"] = {"S": {**slot["sizes"]["S"], "students": {name: {} for name in slot["students"]}}}
+    slots["pixel_cond"] = slot
+
+
+def test_networks_on_pixels_run_from_images_to_their_evaluation(
+    repo_copy: Path, user_env: Callable[[Path], dict[str, str]]
+) -> None:
+    params = yaml.safe_load((repo_copy / "params.yaml").read_text())
+    pixel_slot(params)
+    (repo_copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    folder = Path("runs/smoke/pixel_cond")
+    targets = [str(folder / "evaluate" / "S" / method) for method in GUIDED]
+    command = ["snakemake", "--profile", "cluster/local", *targets, "--config", "scale=smoke"]
+    done = subprocess.run(
+        command, cwd=repo_copy, env=user_env(repo_copy), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name for path in (repo_copy / folder).iterdir() if not path.name.startswith(".")}
+    assert made == {"dataset", "features", "reference", "teacher", "student", "evaluate"}
+    for target, guided in zip(targets, GUIDED.values(), strict=True):
+        rows = list(csv.DictReader((repo_copy / target / "sweep.csv").open()))
+        assert {row["steps"] for row in rows} == STEPS[Path(target).name]
+        assert {row["phase"] for row in rows} == ({"select", "report"} if guided else {"report"})
+        assert all(float(row["fid"]) > 0 and 0 <= float(row["precision"]) <= 1 for row in rows)
