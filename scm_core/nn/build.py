@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from scm_core.described import load_described, save_described
 from scm_core.nn.small import SmallNet
+from scm_core.nn.unet_ddpmpp import DDPMPP
+from scm_core.nn.unet_edm2 import EDM2UNet
 from scm_core.vae import VAE
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {"small": SmallNet, "vae": VAE}
+ARCHITECTURES: dict[str, type[nn.Module]] = {"small": SmallNet, "edm2": EDM2UNet, "ddpmpp": DDPMPP, "vae": VAE}
 FORMAT = "scm-model-1"
 
 
@@ -41,10 +43,16 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def student_of(teacher: Model, guidance_input: bool, dropout: float) -> tuple[nn.Module, dict[str, Any]]:
+def student_of(
+    teacher: Model, guidance_input: bool, dropout: float, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
     """A student that starts equal to its teacher, and its description: the same network, with a zero-initialised guidance input if asked
-    for, and its own dropout."""
-    config = {**teacher.config, "guidance_input": guidance_input, "dropout": dropout}
+    for, and its own dropout.
+
+    `options` are further arguments of the architecture that do not change its function (dropout_resolution, checkpointing, precision).
+    Raises ValueError for arguments that it does not take, and where the weights do not fit.
+    """
+    config = {**teacher.config, "guidance_input": guidance_input, "dropout": dropout, **options}
     net = build_network(config)
     result = net.load_state_dict(teacher.net.state_dict(), strict=False)
     unknown = [key for key in result.missing_keys if "guidance" not in key] + list(result.unexpected_keys)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from scm_core.validate import HALF
+
 
 class Dual(NamedTuple):
     """A tensor and its directional derivative, both of the same shape."""
@@ -36,23 +38,28 @@ def tangent_of(x: Maybe) -> Tensor:
     return x.tangent if isinstance(x, Dual) else torch.zeros_like(x)
 
 
-def linear(x: Maybe, weight: Tensor) -> Maybe:
-    """x Wᵀ; W of shape (out, in)."""
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32, for sums over many elements; others as they are."""
+    return x.float() if x.dtype in HALF else x
+
+
+def linear(x: Maybe, weight: Tensor, bias: Tensor | None = None) -> Maybe:
+    """x Wᵀ + b; W of shape (out, in), b of shape (out,)."""
     if not isinstance(x, Dual):
-        return nnf.linear(x, weight)
+        return nnf.linear(x, weight, bias)
     with torch.no_grad():
         tangent = nnf.linear(x.tangent, weight)
-    return Dual(nnf.linear(x.value, weight), tangent)
+    return Dual(nnf.linear(x.value, weight, bias), tangent)
 
 
-def conv2d(x: Maybe, weight: Tensor) -> Maybe:
-    """Convolution with stride 1 and zero padding that keeps the resolution; W of shape (out, in, k, k), k odd."""
+def conv2d(x: Maybe, weight: Tensor, bias: Tensor | None = None) -> Maybe:
+    """Convolution with stride 1 and zero padding that keeps the resolution; W of shape (out, in, k, k), k odd, b of shape (out,)."""
     padding = weight.shape[-1] // 2
     if not isinstance(x, Dual):
-        return nnf.conv2d(x, weight, padding=padding)
+        return nnf.conv2d(x, weight, bias, padding=padding)
     with torch.no_grad():
         tangent = nnf.conv2d(x.tangent, weight, padding=padding)
-    return Dual(nnf.conv2d(x.value, weight, padding=padding), tangent)
+    return Dual(nnf.conv2d(x.value, weight, bias, padding=padding), tangent)
 
 
 def scale(x: Maybe, factor: Tensor | float) -> Maybe:
@@ -105,16 +112,30 @@ def silu(x: Maybe, gain: float = 1.0) -> Maybe:
 
 
 def rms_normalize(x: Maybe, dim: int = 1, eps: float = 1e-4) -> Maybe:
-    """x / √(mean_dim(x²) + ε): pixel normalisation over the channels (`pnorm` of App. G)."""
+    """x / √(mean_dim(x²) + ε): pixel normalisation over the channels (`pnorm` of App. G); means in float32 at least."""
     v = value_of(x)
-    r = torch.rsqrt(v.square().mean(dim=dim, keepdim=True) + eps)
+    r = torch.rsqrt(_wide(v).square().mean(dim=dim, keepdim=True) + eps).to(v.dtype)
     y = v * r
     if not isinstance(x, Dual):
         return y
     with torch.no_grad():
         # d(x r) = r (dx − y · mean(y dx)), because dr = −r³ mean(x dx)
-        tangent = (x.tangent - y * (y * x.tangent).mean(dim=dim, keepdim=True)) * r
+        tangent = (x.tangent - y * (_wide(y) * x.tangent).mean(dim=dim, keepdim=True).to(y.dtype)) * r
     return Dual(y, tangent)
+
+
+def group_norm(x: Maybe, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Maybe:
+    """γ (x − μ)/√(var + ε) + β for x of shape (B, C, …), μ and var over each group's channels and positions; γ, β of shape (C,)."""
+    if not isinstance(x, Dual):
+        return nnf.group_norm(x.contiguous(), groups, weight, bias, eps)  # what its forward-mode derivative needs
+    with torch.no_grad():
+        v, d = (_wide(part).reshape(part.shape[0], groups, -1) for part in x)
+        variance, mean = torch.var_mean(v, dim=2, keepdim=True, correction=0)
+        r = torch.rsqrt(variance + eps)
+        y = (v - mean) * r
+        tangent = (d - d.mean(dim=2, keepdim=True) - y * (y * d).mean(dim=2, keepdim=True)) * r
+        tangent = tangent.view(x.tangent.shape).to(x.tangent.dtype) * weight.reshape(-1, *[1] * (x.value.ndim - 2))
+    return Dual(nnf.group_norm(x.value, groups, weight, bias, eps), tangent)
 
 
 def cosine(x: Maybe) -> Maybe:
@@ -133,6 +154,27 @@ def sine(x: Maybe) -> Maybe:
     with torch.no_grad():
         tangent = torch.cos(x.value) * x.tangent
     return Dual(torch.sin(x.value), tangent)
+
+
+def log_tan(x: Maybe) -> Maybe:
+    """ln tan x for x in (0, π/2)."""
+    if not isinstance(x, Dual):
+        return torch.log(torch.tan(x))
+    with torch.no_grad():
+        tangent = x.tangent / (torch.sin(x.value) * torch.cos(x.value))
+    return Dual(torch.log(torch.tan(x.value)), tangent)
+
+
+def clamp(x: Maybe, limit: float) -> Maybe:
+    """x clipped to [−limit, limit]; nothing moves beyond."""
+    if not isinstance(x, Dual):
+        return x.clamp(-limit, limit)
+    return Dual(x.value.clamp(-limit, limit), x.tangent.masked_fill(x.value.detach().abs() > limit, 0))
+
+
+def cast(x: Maybe, dtype: torch.dtype) -> Maybe:
+    """x in another floating-point format."""
+    return Dual(x.value.to(dtype), x.tangent.to(dtype)) if isinstance(x, Dual) else x.to(dtype)
 
 
 def outer(t: Maybe, frequencies: Tensor) -> Maybe:
@@ -160,10 +202,20 @@ def chunk(x: Maybe, parts: int, dim: int = 1) -> tuple[Maybe, ...]:
 
 
 def rearrange(x: Maybe, function: Callable[..., Tensor], *args: Any) -> Maybe:
-    """Apply a function that only moves elements (reshape, pixel shuffle, …) to value and tangent alike."""
+    """Apply a linear function without parameters (reshape, pixel shuffle, a mean, …) to value and tangent alike."""
     if not isinstance(x, Dual):
         return function(x, *args)
     return Dual(function(x.value, *args), function(x.tangent, *args))
+
+
+def downsample(x: Maybe) -> Maybe:
+    """(B, C, H, W) → (B, C, H/2, W/2): means over 2 × 2 boxes."""
+    return rearrange(x, nnf.avg_pool2d, 2)
+
+
+def upsample(x: Maybe) -> Maybe:
+    """(B, C, H, W) → (B, C, 2H, 2W): each element four times."""
+    return rearrange(x, nnf.interpolate, None, 2)  # the default mode, nearest
 
 
 def dropout(x: Maybe, mask: Tensor | None) -> Maybe:

@@ -2,12 +2,16 @@
 """Embeddings of the time t and of the guidance scale s, and the head of the adaptive weighting (paper §4.1, App. D, G)."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from scm_core.nn import dual
 from scm_core.nn.dual import Maybe
+
+Embedding = Literal["positional", "fourier"]
+NoiseInput = Literal["t", "edm"]
 
 
 class PositionalEmbedding(nn.Module):
@@ -31,6 +35,75 @@ class PositionalEmbedding(nn.Module):
     def forward(self, t: Maybe) -> Maybe:
         phase = dual.outer(t, self.frequencies.to(dual.value_of(t).dtype))
         return dual.scale(dual.concat([dual.cosine(phase), dual.sine(phase)]), math.sqrt(2))
+
+
+class FourierEmbedding(nn.Module):
+    """c (B,) → √2 cos(2π scale·f_k c + φ_k), shape (B, channels), f_k ~ N(0, 1), φ_k ~ U[0, 2π] (EDM2, Eq. 75).
+
+    Frequencies and phases are a function of `seed`, since model files hold parameters only. With EDM's scale, 16, phases reach hundreds
+    of radians: they are computed in float64, whatever the format of c, which the result has.
+
+    Raises ValueError for channels < 1 or a scale that is not positive.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int, scale: float, seed: int = 0) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels: expected a positive number, got {channels}")
+        if not scale > 0:
+            raise ValueError(f"scale: expected a positive number, got {scale}")
+        generator, f64 = torch.Generator("cpu").manual_seed(seed), torch.float64
+        frequencies = torch.randn(channels, generator=generator, dtype=f64, device="cpu") * (2 * math.pi * scale)
+        phases = torch.rand(channels, generator=generator, dtype=f64, device="cpu") * (2 * math.pi)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("phases", phases, persistent=False)
+
+    def forward(self, c: Maybe) -> Maybe:
+        dtype, f64 = dual.value_of(c).dtype, torch.float64
+        phase = dual.add(dual.outer(dual.cast(c, f64), self.frequencies.to(f64)), self.phases.to(f64))
+        return dual.cast(dual.scale(dual.cosine(phase), math.sqrt(2)), dtype)
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) in radians → embedding of c_noise(t), (B, channels), of unit mean square and in the format of t (§4.1).
+
+    `c_noise` "t" is the identity; "edm" is ¼ ln(σ_d tan t) for t in (0, π/2), EDM's ¼ ln σ. `embedding` "positional" is the paper's,
+    "fourier" EDM2's with frequencies of standard deviation `fourier_scale` (in periods) drawn from `fourier_seed`; Figure 4 compares
+    them.
+
+    Raises ValueError for another `embedding` or `c_noise`, and for what the embedding refuses.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        embedding: Embedding = "positional",
+        c_noise: NoiseInput = "t",
+        fourier_scale: float = 1.0,
+        fourier_seed: int = 0,
+        sigma_data: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if c_noise not in ("t", "edm"):
+            raise ValueError(f"c_noise: expected 't' or 'edm', got {c_noise!r}")
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data: expected a positive number, got {sigma_data}")
+        if embedding == "positional":
+            self.embed: nn.Module = PositionalEmbedding(channels)
+        elif embedding == "fourier":
+            self.embed = FourierEmbedding(channels, fourier_scale, fourier_seed)
+        else:
+            raise ValueError(f"embedding: expected 'positional' or 'fourier', got {embedding!r}")
+        self.log_sigma_data = math.log(sigma_data) if c_noise == "edm" else None
+
+    def forward(self, t: Maybe) -> Maybe:
+        if self.log_sigma_data is None:
+            return self.embed(t)
+        offset = torch.full_like(dual.value_of(t), self.log_sigma_data)
+        return self.embed(dual.scale(dual.add(dual.log_tan(t), offset), 0.25))
 
 
 class LogVarHead(nn.Module):

@@ -6,18 +6,21 @@ weight normalisation) and are scaled by 1/√fan_in in the forward, so that acti
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from scm_core.nn import dual
+from scm_core.nn.attention import attention
 from scm_core.nn.dual import Maybe
 
 SILU_GAIN = 1 / 0.596  # silu of a unit Gaussian has RMS 0.596 (EDM2, Eq. 81)
 
 
 class MPWeight(nn.Module):
-    """A weight whose rows are kept at unit RMS, used as W / √fan_in · gain."""
+    """A weight whose rows are kept at unit RMS, used as W / √fan_in · gain, in the format of what it is applied to."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class MPLinear(MPWeight):
         super().__init__(outputs, inputs)
 
     def forward(self, x: Maybe, gain: Tensor | float = 1.0) -> Maybe:
-        return dual.linear(x, self.scaled(gain))
+        return dual.linear(x, self.scaled(gain).to(dual.value_of(x).dtype))
 
 
 class MPConv(MPWeight):
@@ -54,7 +57,7 @@ class MPConv(MPWeight):
         super().__init__(outputs, inputs, kernel, kernel)
 
     def forward(self, x: Maybe, gain: Tensor | float = 1.0) -> Maybe:
-        return dual.conv2d(x, self.scaled(gain))
+        return dual.conv2d(x, self.scaled(gain).to(dual.value_of(x).dtype))
 
 
 def normalize_weights(net: nn.Module) -> None:
@@ -69,11 +72,46 @@ def mp_silu(x: Maybe) -> Maybe:
     return dual.silu(x, SILU_GAIN)
 
 
-def adaptive_double_norm(x: Maybe, scale_shift: Maybe) -> Maybe:
+def mp_cat(a: Maybe, b: Maybe, weight: float) -> Maybe:
+    """Concatenation over the channels in which b has the share `weight` of the whole's magnitude, however many channels it has
+    (EDM2, Eq. 103): √((N_a + N_b)/((1 − w)² + w²)) · ((1 − w) a/√N_a ⊕ w b/√N_b)."""
+    channels = [dual.value_of(part).shape[1] for part in (a, b)]
+    whole = math.sqrt(sum(channels)) / math.hypot(1 - weight, weight)
+    shares = [whole * share / math.sqrt(n) for share, n in zip((1 - weight, weight), channels, strict=True)]
+    return dual.concat([dual.scale(a, shares[0]), dual.scale(b, shares[1])])
+
+
+def random_dropout(x: Maybe, p: float, training: bool) -> Maybe:
+    """Dropout with a mask from torch's global generator, one for value and tangent; none in evaluation mode or for p = 0."""
+    if not p or not training:
+        return x
+    return dual.dropout(x, nnf.dropout(torch.ones_like(dual.value_of(x)), p))
+
+
+def positions(scale_shift: Maybe) -> Maybe:
+    """(B, C) as (B, C, 1, 1), to act on every position of an image."""
+    return dual.rearrange(scale_shift, lambda v: v[:, :, None, None])
+
+
+def adaptive_double_norm(x: Maybe, scale_shift: Maybe, norm: Callable[[Maybe], Maybe] = dual.rms_normalize) -> Maybe:
     """y = norm(x) ⊙ pnorm(s) + pnorm(b), the paper's replacement of AdaGN (§4.1, Eq. 8).
 
-    x is (B, C, H, W); `scale_shift` is (B, 2C) and holds s, then b. norm and pnorm both divide by the RMS over the channels.
+    x is (B, C, H, W); `scale_shift` is (B, 2C) and holds s, then b. pnorm divides by the RMS over the channels, in the format of
+    `scale_shift`; so does the default norm.
     """
-    s, b = dual.chunk(dual.rearrange(scale_shift, lambda v: v[:, :, None, None]), 2)
-    y = dual.multiply(dual.rms_normalize(x), dual.rms_normalize(s))
-    return dual.add(y, dual.rms_normalize(b))
+    dtype = dual.value_of(x).dtype
+    s, b = (dual.cast(dual.rms_normalize(part), dtype) for part in dual.chunk(positions(scale_shift), 2))
+    return dual.add(dual.multiply(norm(x), s), b)
+
+
+def self_attention(qkv: Maybe, heads: int, cosine: bool) -> Maybe:
+    """Attention between the positions of an image: (B, 3C, H, W) → (B, C, H, W), scale 1/√d, d = C/heads.
+
+    The 3C channels are ordered by (q, k, v), head, element. `cosine`: q, k and v are normalised over the d elements (EDM2, App. B).
+    """
+    b, channels, h, w = dual.value_of(qkv).shape
+    qkv = dual.rearrange(qkv, torch.Tensor.reshape, (b, 3, heads, channels // (3 * heads), h * w))
+    if cosine:
+        qkv = dual.rms_normalize(qkv, dim=3)
+    q, k, v = (dual.rearrange(part, lambda u: u.squeeze(1).mT) for part in dual.chunk(qkv, 3))
+    return dual.rearrange(attention(q, k, v), lambda y: y.mT.reshape(b, channels // 3, h, w))

@@ -10,16 +10,37 @@ import torch
 from scm_core.nn.build import Model, build_network, count_parameters, load_model, save_model, student_of
 
 CONFIG: dict[str, Any] = {"architecture": "small", "channels": 2, "resolution": 4, "labels": 3, "width": 8, "blocks": 2}
+UNET = {**CONFIG, "blocks": 1, "multipliers": [1, 2], "attention_resolutions": [2]}
+EDM2 = {
+    **UNET,
+    "architecture": "edm2",
+    "head_channels": 4,
+    "embedding": "fourier",
+    "fourier_scale": 2.0,
+    "fourier_seed": 7,
+}
+ARCHITECTURES = [CONFIG, EDM2, {**UNET, "architecture": "ddpmpp"}]
+
+
+def trained(config: dict[str, Any]) -> Model:
+    torch.manual_seed(0)
+    net = build_network(config)
+    for parameter in net.parameters():
+        if parameter.ndim == 0:
+            parameter.data.fill_(0.7)  # gains: at 0 every network is the zero function
+        elif parameter.ndim == 1 or parameter.detach().std() < 1e-3:
+            parameter.data.normal_(std=0.3)  # and last layers near 0
+    return Model(net.eval(), config, {})
 
 
 @pytest.fixture
 def teacher() -> Model:
-    torch.manual_seed(0)
-    net = build_network(CONFIG)
-    for parameter in net.parameters():
-        if parameter.ndim == 0:
-            parameter.data.fill_(0.7)  # gains: at 0 every network is the zero function
-    return Model(net.eval(), CONFIG, {})
+    return trained(CONFIG)
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda config: config["architecture"])
+def each_teacher(request: pytest.FixtureRequest) -> Model:
+    return trained(request.param)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -31,23 +52,56 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def test_a_model_file_gives_the_network_back(teacher: Model, tmp_path: Path) -> None:
-    save_model(tmp_path / "m.safetensors", dict(teacher.net.named_parameters()), CONFIG, {"run": "r"})
+def test_a_model_file_gives_the_network_back(each_teacher: Model, tmp_path: Path) -> None:
+    """The file holds parameters and description, which are all that a network is: random frequencies come from their seed."""
+    net, config, _ = each_teacher
+    save_model(tmp_path / "m.safetensors", dict(net.named_parameters()), config, {"run": "r"})
+    torch.manual_seed(99)
     loaded = load_model(tmp_path / "m.safetensors")
-    assert loaded.config == CONFIG
+    assert loaded.config == config
     assert loaded.info == {"run": "r"}
     assert not any(p.requires_grad for p in loaded.net.parameters())
-    assert torch.equal(loaded.net(*inputs()), teacher.net(*inputs()))
+    assert torch.equal(loaded.net(*inputs()), net(*inputs()))
 
 
-def test_a_guided_student_starts_equal_to_its_teacher_at_every_scale(teacher: Model) -> None:
-    net, config = student_of(teacher, guidance_input=True, dropout=0.1)
-    assert (config["guidance_input"], config["dropout"]) == (True, 0.1)
-    assert count_parameters(net) > count_parameters(teacher.net)
+def test_a_guided_student_starts_equal_to_its_teacher_at_every_scale(each_teacher: Model) -> None:
+    net, config = student_of(each_teacher, guidance_input=True, dropout=0.1)
+    assert config == {**each_teacher.config, "guidance_input": True, "dropout": 0.1}
+    assert count_parameters(net) > count_parameters(each_teacher.net)
     x, t, labels = inputs()
+    expected = each_teacher.net(x, t, labels)
+    assert expected.std() > 0.05
     for scale in (1.0, 1.7):
         out = net.eval()(x, t, labels, torch.full((5,), scale))
-        assert torch.equal(out, teacher.net(x, t, labels))
+        assert torch.equal(out, expected)
+    for name, parameter in net.named_parameters():
+        if "guidance" in name:
+            parameter.data.add_(0.5)
+    assert not torch.allclose(net(x, t, labels, torch.full((5,), 1.7)), expected)
+
+
+def test_the_guidance_input_can_be_trained_from_zero(each_teacher: Model) -> None:
+    """Zero-initialised is not dead: something of it has a gradient."""
+    net, _ = student_of(each_teacher, guidance_input=True, dropout=0.0)
+    x, t, labels = inputs()
+    net(x, t, labels, torch.rand(5)).square().sum().backward()
+    assert any(
+        p.grad is not None and p.grad.abs().max() > 0 for name, p in net.named_parameters() if "guidance" in name
+    )
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES[1:], ids=lambda config: config["architecture"])
+def test_a_student_may_differ_in_what_does_not_change_its_function(config: dict[str, Any]) -> None:
+    """Its own dropout resolution, checkpointing and precision."""
+    teacher = trained(config)
+    options = {"dropout_resolution": 2, "checkpointing": True, "precision": "bf16"}
+    net, described = student_of(teacher, guidance_input=False, dropout=0.3, **options)
+    assert described == {**config, "guidance_input": False, "dropout": 0.3, **options}
+    exact, _ = student_of(teacher, guidance_input=False, dropout=0.3)
+    torch.testing.assert_close(net.eval()(*inputs()), teacher.net(*inputs()), rtol=0, atol=0.1)
+    assert torch.equal(exact.eval()(*inputs()), teacher.net(*inputs()))
+    with pytest.raises(ValueError, match=f"architecture {config['architecture']}: .*dropout_at"):
+        student_of(teacher, guidance_input=False, dropout=0.3, dropout_at=16)
 
 
 def test_a_student_of_another_architecture_is_refused(teacher: Model) -> None:
@@ -58,7 +112,7 @@ def test_a_student_of_another_architecture_is_refused(teacher: Model) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "architecture: expected one of small, vae, got None"),
+        ({}, "architecture: expected one of small, edm2, ddpmpp, vae, got None"),
         ({**CONFIG, "depth": 1}, "architecture small: .*depth"),
     ],
 )

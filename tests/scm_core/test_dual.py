@@ -32,12 +32,30 @@ class Case:
     parameters: list[tuple[int, ...]] = field(default_factory=list)
 
 
+def grouped(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group normalisation, group by group, written out."""
+    parts = []
+    for part in x.chunk(groups, dim=1):
+        dims = tuple(range(1, x.ndim))
+        centred = part - part.mean(dim=dims, keepdim=True)
+        parts.append(centred / ((centred**2).mean(dim=dims, keepdim=True) + eps).sqrt())
+    ones = [1] * (x.ndim - 2)
+    return torch.cat(parts, 1) * weight.reshape(-1, *ones) + bias.reshape(-1, *ones)
+
+
 constant = normal(3, 4, 5, 5, seed=90)
 mask = (normal(3, 4, 5, 5, seed=91) > 0).to(F64) / 0.5
 IMAGE = (3, 4, 5, 5)
 CASES = {
     "linear": Case(dual.linear, lambda x, w: x @ w.T, [(3, 4)], [(6, 4)]),
     "conv2d": Case(dual.conv2d, lambda x, w: nnf.conv2d(x, w, padding=1), [IMAGE], [(6, 4, 3, 3)]),
+    "linear-bias": Case(dual.linear, lambda x, w, b: x @ w.T + b, [(3, 4)], [(6, 4), (6,)]),
+    "conv2d-bias": Case(
+        dual.conv2d,
+        lambda x, w, b: nnf.conv2d(x, w, padding=1) + b[:, None, None],
+        [IMAGE],
+        [(6, 4, 3, 3), (6,)],
+    ),
     "conv2d-1x1": Case(dual.conv2d, nnf.conv2d, [IMAGE], [(6, 4, 1, 1)]),
     "scale-number": Case(lambda x: dual.scale(x, -1.7), lambda x: x * -1.7, [IMAGE]),
     "scale-parameter": Case(dual.scale, torch.mul, [IMAGE], [()]),
@@ -57,6 +75,27 @@ CASES = {
         lambda x: x / ((x**2).mean(2, keepdim=True) + 0.1).sqrt(),
         [IMAGE],
     ),
+    "group_norm": Case(
+        lambda x, w, b: dual.group_norm(x, 2, w, b, 0.1),
+        lambda x, w, b: grouped(x, 2, w, b, 0.1),
+        [IMAGE],
+        [(4,), (4,)],
+    ),
+    "group_norm-flat": Case(
+        lambda x, w, b: dual.group_norm(x, 3, w, b, 1e-6),
+        lambda x, w, b: grouped(x, 3, w, b, 1e-6),
+        [(3, 6)],
+        [(6,), (6,)],
+    ),
+    "log_tan": Case(
+        lambda x: dual.log_tan(dual.scale(dual.multiply(x, x), 0.1)),
+        lambda x: torch.log(torch.tan(0.1 * x * x)),
+        [(6,)],
+    ),
+    "clamp": Case(lambda x: dual.clamp(x, 0.8), lambda x: torch.where(x.abs() > 0.8, 0.8 * x.sign(), x), [IMAGE]),
+    "cast": Case(lambda x: dual.cast(dual.cast(x, torch.float32), F64), lambda x: x.float().double(), [IMAGE]),
+    "downsample": Case(dual.downsample, lambda x: x.reshape(3, 4, 2, 2, 3, 2).mean(dim=(3, 5)), [(3, 4, 4, 6)]),
+    "upsample": Case(dual.upsample, lambda x: x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), [IMAGE]),
     "cosine": Case(dual.cosine, torch.cos, [(3,)]),
     "sine": Case(dual.sine, torch.sin, [(3,)]),
     "outer": Case(lambda t: dual.outer(t, constant[0, 0, 0]), lambda t: torch.outer(t, constant[0, 0, 0]), [(3,)]),
@@ -147,3 +186,22 @@ def test_weighted_sum_keeps_unit_variance() -> None:
     a, b = normal(100_000, seed=0), normal(100_000, seed=1)
     for weight in (0.0, 0.3, 0.5, 1.0):
         assert float(dual.weighted_sum(a, b, weight).std()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("operation", ["rms_normalize", "group_norm"])
+def test_normalisations_of_large_half_precision_numbers(dtype: torch.dtype, operation: str) -> None:
+    """Squares of numbers beyond 256 overflow float16: means are taken in float32, for value and tangent."""
+    x, dx = (300 * normal(2, 8, 4, 4, seed=i).clamp(-3, 3) for i in (0, 1))
+    weight, bias = torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype)
+
+    def call(x: Any) -> Any:
+        if operation == "rms_normalize":
+            return dual.rms_normalize(x)
+        kind = dual.value_of(x).dtype
+        return dual.group_norm(x, 2, weight.to(kind), bias.to(kind), 1e-6)
+
+    exact = call(Dual(x, dx))
+    for got, expected in zip(call(Dual(x.to(dtype), dx.to(dtype))), exact, strict=True):
+        assert got.dtype == dtype
+        assert (got - expected).abs().max() < 5 * torch.finfo(dtype).eps * expected.abs().max()

@@ -2,13 +2,27 @@
 """Magnitude-preserving layers, adaptive double normalisation and embeddings against their formulas (§4.1, App. G)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scm_core.nn.embedding import PositionalEmbedding
-from scm_core.nn.layers import MPConv, MPLinear, MPWeight, adaptive_double_norm, mp_silu, normalize_weights
+from scm_core.nn import dual
+from scm_core.nn.dual import Dual
+from scm_core.nn.layers import (
+    MPConv,
+    MPLinear,
+    MPWeight,
+    adaptive_double_norm,
+    mp_cat,
+    mp_silu,
+    normalize_weights,
+    random_dropout,
+    self_attention,
+)
 from scm_core.nn.small import SmallNet
 
 F64 = torch.float64
@@ -99,31 +113,79 @@ def test_layers_keep_unit_variance(layer: str) -> None:
     assert float(y.detach().square().mean().sqrt()) == pytest.approx(1, abs=0.01)
 
 
-def test_positional_embedding_frequencies() -> None:
-    """ω_k = (1/10000)^{k/(K−1)} falls from 1 to 1e-4; the embedding is √2 (cos ω t, sin ω t) of exactly unit mean square."""
-    embedding = PositionalEmbedding(16)
-    t = torch.linspace(0, math.pi / 2, 7, dtype=F64)
-    y = embedding(t)
-    assert y.shape == (7, 16)
-    for k in range(8):
-        omega = 10000 ** (-k / 7)
-        torch.testing.assert_close(y[:, k], math.sqrt(2) * torch.cos(omega * t), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(y[:, 8 + k], math.sqrt(2) * torch.sin(omega * t), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(y.square().mean(1), torch.ones(7, dtype=F64))
-    assert embedding.frequencies[0] == 1
-    assert float(embedding.frequencies[-1]) == pytest.approx(1e-4)
-    assert not list(embedding.state_dict())  # nothing to store
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.0])
+def test_concatenation_weights_parts_by_magnitude_not_by_channels(weight: float) -> None:
+    """Whatever the numbers of channels, b's share of the norm is w/√((1 − w)² + w²), and the whole keeps unit variance (EDM2, Eq. 103)."""
+    a, b = normal(2, 6, 200, 100, seed=0), normal(2, 30, 200, 100, seed=1)
+    y = mp_cat(a, b, weight)
+    assert y.shape == (2, 36, 200, 100)
+    assert float(y.square().mean()) == pytest.approx(1, abs=0.01)
+    share = float(y[:, 6:].square().sum() / y.square().sum())
+    assert share == pytest.approx(weight**2 / ((1 - weight) ** 2 + weight**2), abs=0.01)
+    torch.testing.assert_close(y[:, 6:] / y[0, 6, 0, 0] * b[0, 0, 0, 0], b, rtol=1e-10, atol=1e-10)
 
 
-def test_time_derivative_of_the_embedding_is_at_most_root_two() -> None:
-    """|∂_t emb_k| ≤ √2 ω_k ≤ √2: the reason for these frequencies (§4.1)."""
-    embedding = PositionalEmbedding(64)
-    t = torch.linspace(0, math.pi / 2, 50, dtype=F64)
-    _, derivative = torch.func.jvp(embedding, (t,), (torch.ones_like(t),))
-    assert derivative.abs().max() <= math.sqrt(2)
+@pytest.mark.parametrize("cosine", [False, True])
+def test_self_attention_is_its_formula(cosine: bool) -> None:
+    """Position by position and head by head: y_i = Σ_j softmax_j(q_i·k_j/√d) v_j, with q, k, v of unit RMS if `cosine`."""
+    heads, d = 2, 3
+    qkv = normal(2, 3 * heads * d, 2, 4, seed=0)
+    y = self_attention(qkv, heads, cosine)
+    assert y.shape == (2, heads * d, 2, 4)
+    for n in range(2):
+        for h in range(heads):
+            q, k, v = (qkv[n, (part * heads + h) * d :][:d].reshape(d, 8).T for part in range(3))
+            if cosine:
+                q, k, v = (u / ((u**2).mean(dim=1, keepdim=True) + 1e-4).sqrt() for u in (q, k, v))
+            expected = torch.stack([torch.softmax(k @ q[i] / math.sqrt(d), 0) @ v for i in range(8)])
+            torch.testing.assert_close(y[n, h * d : (h + 1) * d].reshape(d, 8).T, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("channels", [0, 2, 7])
-def test_embedding_of_a_wrong_width_is_named(channels: int) -> None:
-    with pytest.raises(ValueError, match=f"channels: expected an even number >= 4, got {channels}"):
-        PositionalEmbedding(channels)
+CONDITION, MOTION = normal(2, 12, seed=5), normal(2, 12, seed=6)
+LAYERS: dict[str, tuple[Callable[[], nn.Module] | None, Callable[..., Any]]] = {
+    "linear": (lambda: MPLinear(6, 4), lambda x, s, layer: layer(dual.rearrange(x, lambda v: v[:, :, 0, 0]))),
+    "conv": (lambda: MPConv(6, 4, 3), lambda x, s, layer: layer(x)),
+    "silu": (None, lambda x, s, layer: mp_silu(x)),
+    "double norm": (None, lambda x, s, layer: adaptive_double_norm(x, s)),
+    "cat": (None, lambda x, s, layer: mp_cat(x, dual.silu(x), 0.3)),
+    "dropout": (None, lambda x, s, layer: random_dropout(x, 0.4, training=True)),
+    "attention": (None, lambda x, s, layer: self_attention(x, 1, cosine=False)),
+    "cosine attention": (None, lambda x, s, layer: self_attention(x, 2, cosine=True)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layers_tangent_is_the_jvp_and_a_finite_difference(name: str) -> None:
+    """(value, tangent) through each layer: torch.func.jvp, and central differences with Richardson's extrapolation, to 1e-8."""
+    make, call = LAYERS[name]
+    layer = None if make is None else make().double()
+    x, dx = normal(2, 6, 4, 4, seed=0), normal(2, 6, 4, 4, seed=1)
+
+    def at(x: Any, s: Any) -> Any:
+        torch.manual_seed(3)  # the mask
+        return call(x, s, layer)
+
+    value, tangent = at(Dual(x, dx), Dual(CONDITION, MOTION))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected, jvp = torch.func.jvp(at, (x, CONDITION), (dx, MOTION))
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tangent, jvp, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        steps = [
+            (at(x + h * dx, CONDITION + h * MOTION) - at(x - h * dx, CONDITION - h * MOTION)) / (2 * h)
+            for h in (2e-5, 4e-5)
+        ]
+    torch.testing.assert_close(tangent, (4 * steps[0] - steps[1]) / 3, rtol=1e-8, atol=1e-8)
+    assert tangent.abs().max() > 0.1
+    assert not tangent.requires_grad
+
+
+def test_weights_are_applied_in_the_format_of_what_they_meet() -> None:
+    """float32 weights act on half-precision activations and float64 ones; the parameters stay what they are."""
+    layer = MPConv(4, 4, 3)
+    x = normal(2, 4, 4, 4, seed=0)
+    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 3e-3), (torch.float32, 1e-5)):
+        y = layer(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), layer(x), rtol=0, atol=tolerance)
+    assert layer.weight.dtype == torch.float32

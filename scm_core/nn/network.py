@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the networks F(x_t/σ_d, t, labels, guidance) share: the checks of a call, conditioning, precision, gradient checkpointing."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scm_core.nn import dual
+from scm_core.nn.dual import Dual, Maybe, value_of
+from scm_core.nn.embedding import PositionalEmbedding
+from scm_core.nn.layers import MPLinear, mp_silu
+from scm_core.validate import check_channels, check_device, check_time_dtype
+
+Precision = Literal["fp32", "fp16", "bf16"]
+TRUNK = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: the format of the parameters
+
+LABEL_BALANCE = 0.5  # weight of the label embedding (EDM2, config G)
+
+
+class Network(nn.Module):
+    """Base of the networks: F(x_t/σ_d, t, labels, guidance) for x of shape (B, channels, resolution, resolution), t (B,) in radians.
+
+    Called with `Dual`s for x and t a network returns the pair (F, dF) of value and directional derivative. Labels are int64 of shape (B,)
+    with −1 for "no label" (a dropped one); `labels=None` means −1 for all. The guidance scale (B,) enters through a zero-initialised
+    layer, so that a student starts equal to its teacher; `guidance=None` leaves it out.
+
+    `precision` is the trunk's format: "fp32" stands for that of the parameters (float64 after `.double()`), "fp16" and "bf16" convert
+    activations, tangents and, where they are used, weights. Embeddings and F keep the parameters' format.
+    `checkpointing` computes each block's activations a second time in the backward instead of keeping them.
+    """
+
+    supports_dual = True
+
+    def __init__(
+        self,
+        channels: int,
+        resolution: int,
+        labels: int,
+        guidance_input: bool = False,
+        precision: Precision = "fp32",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        check_channels("channels", channels, 1)
+        if labels < 0:
+            raise ValueError(f"labels: expected their number, 0 for none, got {labels}")
+        if precision not in TRUNK:
+            raise ValueError(f"precision: expected one of {', '.join(TRUNK)}, got {precision!r}")
+        self.shape = (channels, resolution, resolution)
+        self.labels, self.guidance_input, self.checkpointing = labels, guidance_input, checkpointing
+        self.trunk = TRUNK[precision]
+
+    def check_call(self, x: Maybe, t: Maybe, labels: Tensor | None, guidance: Tensor | None) -> None:
+        """ValueError for shapes, formats or devices that do not fit, and for inputs that the network was built without."""
+        x, t = value_of(x), value_of(t)
+        if tuple(x.shape[1:]) != self.shape or x.ndim != 4:
+            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        if labels is not None and not self.labels:
+            raise ValueError("labels: the network was built without a label input (labels=0)")
+        if guidance is not None and not self.guidance_input:
+            raise ValueError("guidance: the network was built without a guidance input (guidance_input=False)")
+        check_time_dtype(t)
+        if guidance is not None and not guidance.is_floating_point():
+            raise ValueError(f"guidance: expected floating-point scales, got {guidance.dtype}")
+        for name, vector in (("t", t), ("labels", labels), ("guidance", guidance)):
+            if vector is not None:
+                if vector.shape != x.shape[:1]:
+                    raise ValueError(
+                        f"{name}: expected shape ({x.shape[0]},), one for each sample, got {tuple(vector.shape)}"
+                    )
+                check_device(name, vector, x, "x")
+
+    def one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
+        """(B, number of labels): √labels at the label, so that the mean square is 1; zeros for −1. In the format of `like` (B, …)."""
+        if labels is None:
+            return like.new_zeros(like.shape[0], self.labels)
+        onehot = (labels[:, None] == torch.arange(self.labels, device=labels.device)).to(like.dtype)
+        return onehot * self.labels**0.5
+
+    def run(self, block: nn.Module, *inputs: Maybe) -> Maybe:
+        """block(*inputs), under gradient checkpointing if the network has it.
+
+        The backward's recomputation uses the same random numbers (dropout) and needs no tangents: zeros without memory stand in for
+        them, so that none is kept alive until then.
+        """
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
+
+        def forward(*values: Tensor) -> Maybe:
+            return block(*(v if d is None else Dual(v, d) for v, d in zip(values, tangents, strict=True)))
+
+        result = checkpoint(forward, *map(value_of, inputs), use_reentrant=False)
+        tangents[:] = [None if d is None else d.new_zeros(()).expand_as(d) for d in tangents]
+        return result
+
+
+class MPNetwork(Network):
+    """A network with EDM2's conditioning: emb = silu(mp_sum(W_t time(t), W_y y, 0.5) + gain · W_s positional(s)), of shape (B, width).
+
+    `time` embeds t in `noise_channels` numbers. Other arguments as in `Network`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        resolution: int,
+        labels: int,
+        time: nn.Module,
+        noise_channels: int,
+        width: int,
+        guidance_input: bool = False,
+        precision: Precision = "fp32",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(channels, resolution, labels, guidance_input, precision, checkpointing)
+        self.time = time
+        self.embed_time = MPLinear(noise_channels, width)
+        self.embed_label = MPLinear(labels, width) if labels else None
+        self.embed_guidance = MPLinear(noise_channels, width) if guidance_input else None
+        if guidance_input:
+            self.scale = PositionalEmbedding(noise_channels)
+            self.guidance_gain = nn.Parameter(torch.zeros(()))
+
+    def embedding(self, t: Maybe, labels: Tensor | None, guidance: Tensor | None) -> Maybe:
+        """The conditioning vector (B, width); only its time part has a tangent."""
+        emb = self.embed_time(self.time(t))
+        if self.embed_label is not None:
+            emb = dual.weighted_sum(emb, self.embed_label(self.one_hot(labels, value_of(emb))), LABEL_BALANCE)
+        if self.embed_guidance is not None and guidance is not None:
+            emb = dual.add(emb, self.embed_guidance(self.scale(guidance), gain=self.guidance_gain))
+        return mp_silu(emb)
