@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what callers bring, for the boundary of the library: entry points and constructors, never a training step.
 
-Whatever looks at values (`check_times`, `check_labels`) waits for the device and is for entry points; shapes, dtypes and devices
-(`check_like`) cost nothing anywhere.
+Whatever looks at a tensor's values (`check_times`, `check_labels`) waits for the device and is for entry points; shapes, dtypes, devices
+and Python numbers (the others) cost nothing anywhere.
 """
 
 import math
@@ -29,6 +29,14 @@ def check_device(name: str, value: Tensor, reference: Tensor, reference_name: st
     """ValueError unless `value` is on the device of `reference`."""
     if value.device != reference.device:
         raise ValueError(f"{name}: expected the device {reference.device} of {reference_name}, got {value.device}")
+
+
+def check_sample(name: str, value: Tensor) -> None:
+    """ValueError unless `value` is a batch (B, …) in float32 or float64: times take its type, and half precision cannot hold them."""
+    if value.ndim < 2:
+        raise ValueError(f"{name}: expected a batch of shape (B, …), got shape {tuple(value.shape)}")
+    if not value.is_floating_point() or value.dtype in HALF:
+        raise ValueError(f"{name}: expected float32 or float64, got {value.dtype}; convert inside the network")
 
 
 def check_time_dtype(t: Tensor) -> None:
@@ -60,8 +68,21 @@ def check_channels(name: str, channels: int, multiple: int = 2) -> None:
         raise ValueError(f"{name}: expected a positive multiple of {multiple}, got {channels}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless a number is positive and finite."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
 def check_descending(name: str, times: Sequence[float]) -> None:
     """ValueError unless `times` are finite and descend strictly within (0, π/2]."""
     inside = all(math.isfinite(t) and 0 < t <= math.pi / 2 for t in times)
     if not times or not inside or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"{name}: expected descending numbers in (0, π/2], got {tuple(times)}")
+
+
+def check_grid(name: str, times: Sequence[float]) -> None:
+    """ValueError unless `times` are two or more finite numbers that descend strictly within [0, π/2]: the ends of a solver's steps."""
+    inside = all(math.isfinite(t) and 0 <= t <= math.pi / 2 for t in times)
+    if len(times) < 2 or not inside or any(a <= b for a, b in pairwise(times)):
+        raise ValueError(f"{name}: expected two or more descending numbers in [0, π/2], got {tuple(times)}")

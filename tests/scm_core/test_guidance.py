@@ -91,3 +91,45 @@ def test_bound_networks_count_their_passes(point: tuple[Tensor, Tensor, Tensor])
         assert bound.nfe == 2 * passes
     with pytest.raises(ValueError, match="guidance: classifier-free guidance needs labels"):
         Guided(net, None, 1.5)
+
+
+def test_bound_labels_are_checked_once_against_the_network() -> None:
+    """`Guided` names labels that the network does not have when it is made, not when it runs."""
+    net = network()
+    for labels, message in [
+        (torch.tensor([0, 3]), r"labels: expected -1 \(none\) to 2, got 3"),
+        (torch.tensor([-2, 0]), r"labels: expected -1 \(none\) to 2, got -2"),
+        (torch.tensor([0.0, 1.0]), "labels: expected int64, got torch.float32"),
+        (torch.tensor([[0, 1]]), r"labels: expected shape \(B,\), got \(1, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Guided(net, labels)
+    Guided(net, torch.tensor([-1, 2]))
+    unconditional = SmallNet(2, 4, labels=0, width=8, blocks=1)
+    with pytest.raises(ValueError, match="labels: expected None, as the network is unconditional, got 2 labels"):
+        Guided(unconditional, torch.tensor([0, 0]))
+    Guided(unconditional, None)
+    Guided(lambda x, t, labels: x, torch.tensor([99]))  # a network that does not say how many it has
+
+
+def test_guidance_is_checked_once_against_the_network() -> None:
+    """A scale for a student without that input, or one that is no number."""
+    labels = torch.tensor([0, 1])
+    message = "guidance: expected None, as the network was built without a guidance input, got 1.5"
+    with pytest.raises(ValueError, match=message):
+        Guided(network(), labels, 1.5, student=True)
+    Guided(network(), labels, None, student=True)
+    Guided(network(guidance_input=True), labels, 1.5, student=True)
+    with pytest.raises(ValueError, match="guidance: expected a finite scale or None, got nan"):
+        Guided(network(), labels, float("nan"))
+
+
+def test_batch_of_another_size_than_the_labels_is_named(point: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Label count = batch, checked by shape at each call; a device that differs, too."""
+    x, t, labels = point
+    for bound in (Guided(network(), labels[:3]), Guided(network(), labels[:3], 1.5)):
+        with pytest.raises(ValueError, match=r"labels: expected the shape \(4,\) of t, got \(3,\)"):
+            bound(x, t)
+        assert bound.nfe == 0
+    with pytest.raises(ValueError, match="labels: expected the device cpu of t, got meta"):
+        Guided(lambda x, t, labels: x, labels.to("meta"))(x, t)

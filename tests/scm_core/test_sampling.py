@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from scm_core.nn.small import SmallNet
-from scm_core.sampling import Guided, diffusion_nfe, sample_consistency, sample_diffusion, sigma_grid
+from scm_core.sampling import (
+    SOLVERS,
+    Guided,
+    diffusion_nfe,
+    sample_consistency,
+    sample_diffusion,
+    sample_multistep,
+    segment_times,
+    sigma_grid,
+    time_grid,
+)
 from scm_core.seeds import sample_noise
 from scm_core.trigflow import consistency_function, t_max
 
@@ -33,10 +43,14 @@ def net() -> SmallNet:
         ("heun", 32, None, 63),
         ("heun", 1, None, 1),
         ("ddim", 10, 2.0, 20),
+        ("dpm2m", 10, None, 10),
+        ("dpm2m", 10, 2.0, 20),
+        ("dpmpp2m", 1, None, 1),
+        ("dpmpp2m", 7, 1.3, 14),
     ],
 )
 def test_number_of_evaluations(net: SmallNet, solver: str, steps: int, guidance: float | None, nfe: int) -> None:
-    """Heun: 2n − 1 (35 for 18 steps, 63 for 32), DDIM: n, twice that with guidance; counted and predicted."""
+    """Heun: 2n − 1 (35 for 18 steps, 63 for 32), the others n, twice that with guidance; counted and predicted."""
     bound = Guided(net, torch.tensor([1]), guidance)
     sample_diffusion(bound, SIGMA_DATA * sample_noise([0], SHAPE), steps, SIGMA_DATA, solver)
     assert bound.nfe == nfe == diffusion_nfe(solver, steps, guidance is not None)
@@ -53,6 +67,41 @@ def test_consistency_sampling_evaluates_once_for_each_time(net: SmallNet, times:
 
     sample_consistency(spy, SIGMA_DATA * sample_noise([0], SHAPE), times, SIGMA_DATA)
     assert seen == pytest.approx(list(times))
+
+
+def test_multistep_sampling_evaluates_once_for_each_segment(net: SmallNet) -> None:
+    """One pass a segment, at its upper boundary, and no randomness."""
+    seen: list[float] = []
+
+    def spy(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        return net(x, t)
+
+    z = SIGMA_DATA * sample_noise([0], SHAPE)
+    first = sample_multistep(spy, z, 4, SIGMA_DATA)
+    assert seen == pytest.approx(segment_times(4, SIGMA_DATA)[:-1])
+    assert torch.equal(first, sample_multistep(net, z, 4, SIGMA_DATA))
+    bound = Guided(net, torch.tensor([1]), 1.5)
+    sample_multistep(bound, z, 4, SIGMA_DATA)
+    assert bound.nfe == 8
+
+
+def test_multistep_sampling_is_its_formula(net: SmallNet) -> None:
+    """x_s = cos(t−s) x_t − sin(t−s) σ_d F(x_t/σ_d, t) from boundary to boundary."""
+    x = math.sin(T_MAX) * (z := SIGMA_DATA * sample_noise(range(3), SHAPE))
+    with torch.no_grad():
+        for t, s in [(T_MAX, T_MAX / 2), (T_MAX / 2, 0.0)]:
+            F = net(x / SIGMA_DATA, torch.full((3,), t))
+            x = math.cos(t - s) * x - math.sin(t - s) * SIGMA_DATA * F
+    torch.testing.assert_close(sample_multistep(net, z, 2, SIGMA_DATA), x, rtol=1e-5, atol=1e-6)
+
+
+def test_one_segment_is_one_step(net: SmallNet) -> None:
+    """M = 1: the bits of one-step consistency sampling."""
+    z = SIGMA_DATA * sample_noise(range(3), SHAPE)
+    assert torch.equal(
+        sample_multistep(net, z, 1, SIGMA_DATA), sample_consistency(net, z, (t_max(SIGMA_DATA),), SIGMA_DATA)
+    )
 
 
 def test_first_step_starts_at_sin_t_of_the_noise(net: SmallNet) -> None:
@@ -92,7 +141,8 @@ def test_samplers_leave_no_graph(net: SmallNet) -> None:
     """Sampling tracks no gradients, though the network's parameters ask for them."""
     z = SIGMA_DATA * sample_noise([0], SHAPE)
     assert next(net.parameters()).requires_grad
-    assert not sample_diffusion(net, z, 2, SIGMA_DATA).requires_grad
+    assert not any(sample_diffusion(net, z, 2, SIGMA_DATA, solver).requires_grad for solver in SOLVERS)
+    assert not sample_multistep(net, z, 2, SIGMA_DATA).requires_grad
     assert not sample_consistency(net, z, (T_MAX,), SIGMA_DATA).requires_grad
 
 
@@ -106,15 +156,73 @@ def test_edm_grid() -> None:
     assert sigma_grid(1) == [80.0]
 
 
-def test_misuse_is_named(net: SmallNet) -> None:
-    """Solvers, steps and times that make no sense raise a sentence that names them."""
-    z = torch.zeros(1, *SHAPE)
-    with pytest.raises(ValueError, match="solver: expected one of heun, ddim, got 'euler'"):
-        sample_diffusion(net, z, 3, SIGMA_DATA, solver="euler")
+Z = torch.zeros(2, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("z", "message"),
+    [
+        (Z.half(), "z: expected float32 or float64, got torch.float16"),
+        (Z.long(), "z: expected float32 or float64, got torch.int64"),
+        (torch.zeros(3), r"z: expected a batch of shape \(B, …\), got shape \(3,\)"),
+    ],
+)
+def test_noise_that_does_not_fit_is_named(net: SmallNet, z: Tensor, message: str) -> None:
+    """Every sampler takes a batch in full precision, in which its times are made."""
+    for sample in (
+        lambda: sample_diffusion(net, z, 3, SIGMA_DATA),
+        lambda: sample_consistency(net, z, (T_MAX,), SIGMA_DATA),
+        lambda: sample_multistep(net, z, 2, SIGMA_DATA),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample()
+    for solver in SOLVERS.values():
+        with pytest.raises(ValueError, match=message.replace("z:", "x:")):
+            solver(net, z, [1.0, 0.0], SIGMA_DATA)
+
+
+@pytest.mark.parametrize("times", [(), (1.0, 1.0), (0.5, 1.0), (1.6,), (1.0, 0.0), (math.nan,), (1.0, math.nan)])
+def test_times_that_do_not_descend_are_named(net: SmallNet, times: tuple[float, ...]) -> None:
+    """Consistency sampling goes down within (0, π/2]."""
+    with pytest.raises(ValueError, match="times: expected descending numbers"):
+        sample_consistency(net, Z, times, SIGMA_DATA)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 1.0], [1.0, -0.1], [2.0, 0.0], [1.0, math.nan]])
+def test_grids_that_do_not_descend_are_named(net: SmallNet, solver: str, times: list[float]) -> None:
+    """Solvers go down within [0, π/2]."""
+    with pytest.raises(ValueError, match="times: expected two or more descending numbers"):
+        SOLVERS[solver](net, Z, times, SIGMA_DATA)
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5, math.nan])
+def test_sigma_data_is_positive(net: SmallNet, sigma_data: float) -> None:
+    """No sampler starts without a standard deviation of the data."""
+    calls = [
+        lambda: sample_diffusion(net, Z, 3, sigma_data),
+        lambda: sample_consistency(net, Z, (1.0,), sigma_data),
+        lambda: sample_multistep(net, Z, 2, sigma_data),
+        lambda: time_grid(3, sigma_data),
+        lambda: segment_times(3, sigma_data),
+        *(lambda solver=solver: solver(net, Z, [1.0, 0.0], sigma_data) for solver in SOLVERS.values()),  # type: ignore[misc]
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="sigma_data: expected a positive number, got"):
+            call()
+
+
+def test_other_misuse_is_named(net: SmallNet) -> None:
+    """Solvers, numbers of steps and segments, and noise that make no sense."""
+    with pytest.raises(ValueError, match="solver: expected one of heun, ddim, dpm2m, dpmpp2m, got 'euler'"):
+        sample_diffusion(net, Z, 3, SIGMA_DATA, solver="euler")
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        sample_diffusion(net, z, 0, SIGMA_DATA)
-    for times in ((), (1.1, 1.2), (1.1, 1.1), (1.1, 0.0), (2.0, 1.0), (0.0,), (-1.0,)):
-        with pytest.raises(ValueError, match="times: expected descending"):
-            sample_consistency(net, z, times, SIGMA_DATA)
+        sample_diffusion(net, Z, 0, SIGMA_DATA)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        sigma_grid(0)
+    with pytest.raises(ValueError, match="segments: expected at least 1, got 0"):
+        sample_multistep(net, Z, 0, SIGMA_DATA)
     with pytest.raises(ValueError, match="noise: expected 1 tensors"):
-        sample_consistency(net, z, (T_MAX, 1.1), SIGMA_DATA, noise=[z, z])
+        sample_consistency(net, Z, (T_MAX, 1.1), SIGMA_DATA, noise=[Z, Z])
+    with pytest.raises(ValueError, match=r"noise\[0\]: expected the shape \(2, 2, 4, 4\) of z, got \(1, 2, 4, 4\)"):
+        sample_consistency(net, Z, (T_MAX, 1.1), SIGMA_DATA, noise=[Z[:1]])

@@ -115,9 +115,52 @@ def test_times_depend_on_the_generator_alone() -> None:
     assert not torch.equal(first, trigflow.sample_times(8, -1.0, 1.4, SIGMA_DATA, torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (2,), ()])
-def test_times_of_a_wrong_shape_are_named(shape: tuple[int, ...]) -> None:
-    """t must have one entry for each sample: silent broadcasting would mix samples."""
-    x = normal(3, 1, 2, 2, seed=0)
-    with pytest.raises(ValueError, match=r"t: expected shape \(3,\)"):
-        trigflow.diffuse(x, x, torch.zeros(shape))
+X = torch.zeros(3, 1, 2, 2)
+T = torch.zeros(3)
+BAD_TIMES = [
+    (torch.zeros(3, 1), r"t: expected shape \(3,\) to match x of shape \(3, 1, 2, 2\), got \(3, 1\)"),
+    (torch.zeros(2), r"t: expected shape \(3,\) .* got \(2,\)"),
+    (torch.zeros(()), r"t: expected shape \(3,\) .* got \(\)"),
+    (torch.zeros(3, dtype=torch.float16), "t: expected float32 or float64, got torch.float16"),
+    (torch.zeros(3, dtype=torch.bfloat16), "t: expected float32 or float64, got torch.bfloat16"),
+    (torch.zeros(3, dtype=torch.int64), "t: expected float32 or float64, got torch.int64"),
+    (torch.zeros(3, device="meta"), "t: expected the device cpu of x, got meta"),
+]
+PREDICTIONS = [trigflow.consistency_function, trigflow.denoiser, trigflow.noise_prediction]
+
+
+@pytest.mark.parametrize(("t", "message"), BAD_TIMES, ids=[message for _, message in BAD_TIMES])
+def test_times_that_do_not_fit_are_named(t: Tensor, message: str) -> None:
+    """t has one entry for each sample (silent broadcasting would mix samples), in full precision, on the device of x."""
+    calls = [lambda: trigflow.diffuse(X, X, t), lambda: trigflow.velocity(X, X, t)]
+    calls += [lambda f=f: f(X, X, t, SIGMA_DATA) for f in PREDICTIONS]  # type: ignore[misc]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 1, 2, 1), torch.zeros(1, 1, 2, 2), X.to("meta")])
+def test_tensors_that_do_not_fit_are_named(wrong: Tensor) -> None:
+    """Noise and network output have the shape and the device of the sample."""
+    what = "the device cpu" if wrong.device.type == "meta" else r"the shape \(3, 1, 2, 2\)"
+    for call in (trigflow.diffuse, trigflow.velocity):
+        with pytest.raises(ValueError, match=f"z: expected {what} of x0, got"):
+            call(X, wrong, T)
+    for predict in PREDICTIONS:
+        with pytest.raises(ValueError, match=f"F: expected {what} of x_t, got"):
+            predict(wrong, X, T, SIGMA_DATA)
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5, math.nan])
+def test_sigma_data_is_positive(sigma_data: float) -> None:
+    """Without a standard deviation of the data there is no time."""
+    for call in (lambda s: trigflow.sigma_to_t(1.0, s), lambda s: trigflow.t_to_sigma(1.0, s), trigflow.t_max):
+        with pytest.raises(ValueError, match="sigma_data: expected a positive number, got"):
+            call(sigma_data)
+
+
+def test_checks_look_at_no_values() -> None:
+    """The functions of a training step run where tensors have no values: nothing in them can wait for a device."""
+    x, t = X.to("meta"), T.to("meta")
+    for result in (trigflow.diffuse(x, x, t), trigflow.velocity(x, x, t), *(f(x, x, t, 0.5) for f in PREDICTIONS)):
+        assert result.shape == x.shape
