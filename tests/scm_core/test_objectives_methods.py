@@ -113,7 +113,7 @@ def test_switches_of_figure_5(name: str, normalize: str, weighted: bool) -> None
     net, _, method = make(name, normalize=normalize, adaptive_weighting=weighted)
     torch.nn.init.constant_(net.get_parameter("out_gain"), 0.5)
     terms = method.objective(batch(1), torch.Generator().manual_seed(4), 10)
-    n, loss = float(terms.scalars["tangent_norm"]), float(terms.loss)
+    n, loss = float(terms.scalars["tangent_norm"]), float(terms.loss.detach())
     assert ("logvar" in method.heads) == ("logvar" in terms.scalars) == weighted
     if weighted:
         w = float(terms.scalars["logvar"])
