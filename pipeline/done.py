@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which jobs are done: their outputs lie there and were made from the present parameters and inputs."""
+"""Which jobs are done: their outputs lie there as they were made, from the present parameters and inputs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.params import Params
 
-DONE, MISSING, OUTDATED = "done", "to do", "outdated"
+DONE, MISSING, OUTDATED, CHANGED = "done", "to do", "outdated", "changed"
+SIZES_ONLY = -1  # hash nothing
 
 
 def states(jobs: Sequence[Job], params: Params) -> dict[str, str]:
-    """Job name to "done", "to do" (nothing there) or "outdated" (made from other parameters or inputs).
+    """Job name to "done", "to do" (nothing there), "changed" (the files are not those that were made) or "outdated".
 
-    `jobs` are in topological order. A job below one that is not done is not done either. Only manifests are read, not
-    the data, so this takes milliseconds; changes of a stage's source are for the engines to notice.
+    Outdated is what was made from other parameters or inputs. `jobs` are in topological order: a job below one that is
+    not done is not done either. Of the files in run folders only the sizes are compared, so that this takes
+    milliseconds; reports are hashed, as all scales write them to the same place. Changes of a stage's source are for
+    the engines to notice.
     """
     found: dict[str, str] = {}
     by_output = {output: job.name for job in jobs for output in job.outputs}
@@ -28,7 +31,12 @@ def states(jobs: Sequence[Job], params: Params) -> dict[str, str]:
             continue
         above = [found[by_output[path]] for path in job.inputs.values() if path in by_output]
         fresh = all(state == DONE for state in above) and made.get("fingerprint") == _fingerprint(job, params)
-        found[job.name] = DONE if fresh else OUTDATED
+        if not fresh:
+            found[job.name] = OUTDATED
+        elif manifest.fault(job, made, manifest.HASH_BYTES if job.is_report else SIZES_ONLY):
+            found[job.name] = CHANGED
+        else:
+            found[job.name] = DONE
     return found
 
 

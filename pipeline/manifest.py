@@ -136,14 +136,32 @@ def verify_inputs(job: "Job") -> dict[str, Input]:
     return found
 
 
-def _fault(path: Path, entry: Mapping[str, Any]) -> str | None:
+def fault(job: "Job", made: Mapping[str, Any], hash_bytes: float = HASH_BYTES) -> str | None:
+    """What is wrong with the first published file of `job` that is not as its manifest says, or None.
+
+    Files of up to `hash_bytes` bytes are hashed; of larger ones only the size is compared. Of a report, whose manifest
+    lies elsewhere, the declared outputs are looked at.
+    """
+    for name, entry in made["files"].items():
+        path = paths.root() / job.outputs[0] / name
+        if job.is_report:
+            declared = [output for output in job.outputs if output.name == name]
+            if not declared:
+                continue
+            path = paths.root() / declared[0]
+        if wrong := _fault(path, entry, hash_bytes):
+            return f"{paths.relative(path)} {wrong}"
+    return None
+
+
+def _fault(path: Path, entry: Mapping[str, Any], hash_bytes: float = HASH_BYTES) -> str | None:
     try:
         size = path.stat().st_size
-    except FileNotFoundError:
-        return "is missing, though the manifest beside it lists it"
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing, though its manifest lists it"
     if size != entry["bytes"]:
         return f"has {size} bytes where its manifest says {entry['bytes']}"
-    if size <= HASH_BYTES and sha256_file(path) != entry["sha256"]:
+    if size <= hash_bytes and sha256_file(path) != entry["sha256"]:
         return "has changed since it was made (its SHA-256 is not the manifest's)"
     return None
 

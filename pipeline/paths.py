@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things lie: the repository root, and each job's working folder, locks, log and record.
 
-Everything a scale makes or needs lies below `runs/<scale>/`, so that two scales never meet in one folder.
+Everything a scale makes or needs lies below `runs/<scale>/`, except the finished tables and figures: `reports/` holds
+those of the scale that was run last.
 """
 
 import os
@@ -75,5 +76,5 @@ def relative(path: Path) -> str:
     """`path` as one would type it in the repository root."""
     try:
         return path.resolve().relative_to(root()).as_posix()
-    except ValueError:
+    except (ValueError, PipelineError):  # somewhere else, or there is no repository here
         return str(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import paths, registry
 from pipeline.cli import Parser
-from pipeline.done import OUTDATED, states
+from pipeline.done import CHANGED, OUTDATED, states
 from pipeline.files import is_alive, is_locked, read_json
 from pipeline.job import Job
 from pipeline.params import PARAMS_FILE, Params, load
@@ -76,6 +76,9 @@ def _row(job: Job, made: str) -> Row:
         return Row(job, FAILED, "its process died without a word; the next run resumes it", expected)
     if made == OUTDATED:
         return Row(job, STALE, "made with other parameters or inputs", expected)
+    if made == CHANGED:
+        why = "reports/ holds those of another scale, or they were changed" if job.is_report else "changed or damaged"
+        return Row(job, STALE, f"its files are not those that it made: {why}", expected)
     resumes = (folder / "state.json").exists() and any((folder / "work").glob("*"))
     return Row(job, WAITING, "resumes from its checkpoint" if resumes else "", expected)
 

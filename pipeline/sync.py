@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline sync`: what one engine has made becomes known to the other, so that it finds nothing to do.
 
-After Snakemake, DVC has no hashes in dvc.lock; after `dvc repro`, Snakemake has no dates and no settings on record.
-Both are taken at their word when told that outputs are right, so this checks first that they are.
+After Snakemake, DVC has no hashes in dvc.lock; after `dvc repro`, Snakemake has no dates and no settings on record; after
+a job that was run by hand, neither knows. Both are taken at their word when told that outputs are right, so every file
+is first compared with its manifest. What is not done yet is left for them to do.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
-from pipeline import paths, registry
+from pipeline import manifest, paths, registry
 from pipeline.cli import Parser
 from pipeline.done import DONE, states
 from pipeline.errors import PipelineError
@@ -23,19 +25,28 @@ def main(argv: list[str]) -> int:
     Parser(prog="python -m pipeline sync", description=__doc__).parse_args(argv)
     root = paths.root()
     params = load(root / PARAMS_FILE)
-    state = states(registry.jobs(params), params)
+    jobs = registry.jobs(params)
+    state = states(jobs, params)
+    done = [job for job in jobs if state[job.name] == DONE]
     left = [f"{name} ({what})" for name, what in state.items() if what != DONE]
-    if left:
+    if not done:
         raise PipelineError(
-            f"{len(left)} of {len(state)} jobs of scale {params.scale} are not up to date, first {left[0]}; "
+            f"no job of scale {params.scale} is up to date, first {left[0]}; "
             "run `snakemake --profile cluster/local` or `dvc repro` first"
         )
-    _run(root, "dvc", "commit", "--force", "--quiet")
-    seen = _run(root, "snakemake", "--dry-run", "--cores", "1")
+    for job in done:
+        made = manifest.read(manifest.path_of(job))
+        if made is not None and (wrong := manifest.fault(job, made, hash_bytes=math.inf)):
+            raise PipelineError(f"{wrong}; make it again with: {job.command}, then `make sync`")
+    _run(root, "dvc", "commit", "--force", "--quiet", *(job.name for job in done))
+    targets = [output.as_posix() for job in done for output in job.outputs]
+    seen = _run(root, "snakemake", *targets, "--dry-run", "--cores", "1")
     if "Nothing to be done" not in seen or "missing provenance" in seen:
         # Without --forceall, Snakemake leaves alone what looks new enough, and records no settings for it.
-        _run(root, "snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all")
-    print(f"scale {params.scale}: {len(state)} jobs known to Snakemake and DVC")
+        _run(root, "snakemake", *targets, "--touch", "--forceall", "--cores", "1", "--quiet", "all")
+    print(f"scale {params.scale}: {len(done)} jobs known to Snakemake and DVC")
+    if left:
+        print(f"{len(left)} are left to do, first {left[0]}")
     return 0
 
 
