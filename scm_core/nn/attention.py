@@ -22,8 +22,10 @@ from torch import Tensor
 from scm_core.nn.dual import Dual, Maybe, value_of
 
 Backend = Literal["auto", "chunked", "triton"]
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]  # of q, k, v; None is zero
 
 TRITON = importlib.util.find_spec("triton") is not None
+MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # that `triton` is sized for
 BLOCK = 256  # queries and keys per tile of `chunked`
 TILE = 2**20  # scores that `chunked` holds at a time, over all heads (4 MB in float32)
 
@@ -36,7 +38,7 @@ def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, back
     value keeps its autograd graph, the tangent has none. Tangents may have a wider dtype than values (theirs is kept).
 
     `backend` says how a tangent is computed; plain tensors always go through torch's scaled_dot_product_attention. `auto` is `triton`
-    for CUDA tensors where triton is installed and has a kernel for them (d ≤ 256, at most 32 bits), else `chunked`.
+    for CUDA tensors where triton is installed and its kernels are sized for them (MAX_HEAD_DIM), else `chunked`.
 
     Raises ValueError for shapes, dtypes or devices that do not match, for another backend, and for `triton` where it cannot run.
     """
@@ -46,7 +48,7 @@ def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, back
         raise ValueError(f"backend: expected 'auto', 'chunked' or 'triton', got {backend!r}")
     if not (isinstance(q, Dual) or isinstance(k, Dual) or isinstance(v, Dual)):
         return _plain(*values, key_mask)
-    tangents = tuple(x.tangent.detach() if isinstance(x, Dual) else None for x in (q, k, v))
+    tq, tk, tv = (x.tangent.detach() if isinstance(x, Dual) else None for x in (q, k, v))
     if backend == "auto":
         backend = "triton" if _triton_fits(values[0]) else "chunked"
     if backend == "triton":
@@ -54,9 +56,9 @@ def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, back
             raise ValueError("backend: 'triton' needs the package triton, which is not installed; use 'chunked'")
         from scm_core.nn import flash_jvp  # here, because importing it imports triton
 
-        return Dual(*flash_jvp.flash_attention(*values, *tangents, key_mask))
+        return Dual(*flash_jvp.flash_attention(*values, (tq, tk, tv), key_mask))
     with torch.no_grad():
-        tangent = chunked_tangent(*values, *tangents, key_mask)
+        tangent = chunked_tangent(*values, (tq, tk, tv), key_mask)
     return Dual(_plain(*values, key_mask), tangent)
 
 
@@ -83,7 +85,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
 
 
 def _triton_fits(q: Tensor) -> bool:
-    return TRITON and q.is_cuda and q.shape[3] <= 256 and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return TRITON and q.is_cuda and q.shape[3] <= MAX_HEAD_DIM.get(q.dtype, 0)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -92,28 +94,20 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def tangent_dtype(*tangents: Tensor | None) -> torch.dtype:
+def tangent_dtype(tangents: Tangents) -> torch.dtype:
     """The dtype that holds them all; ẏ has it."""
     return functools.reduce(torch.promote_types, [t.dtype for t in tangents if t is not None])
 
 
-def chunked_tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """ẏ of the module's docstring, tile by tile; None is a zero tangent.
+def chunked_tangent(q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, key_mask: Tensor | None = None) -> Tensor:
+    """ẏ of the module's docstring, tile by tile.
 
     Shapes as in `attention`. Computes in float32, or float64 for float64. Besides its result it holds a fixed number of scores.
     """
     heads, length, d = q.shape[1:]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    result = torch.empty(q.shape, dtype=tangent_dtype(tq, tk, tv), device=q.device).flatten(0, 1)
-    parts = [None if x is None else x.flatten(0, 1) for x in (q, k, v, tq, tk, tv)]
+    result = torch.empty(q.shape, dtype=tangent_dtype(tangents), device=q.device).flatten(0, 1)
+    parts = [None if x is None else x.flatten(0, 1) for x in (q, k, v, *tangents)]
     mask = None if key_mask is None else key_mask.repeat_interleave(heads, dim=0)[:, None, :]
     rows, columns = min(length, BLOCK), min(k.shape[2], BLOCK)
     step = max(1, TILE // (rows * columns))

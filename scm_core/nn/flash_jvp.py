@@ -34,11 +34,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scm_core.nn.attention import tangent_dtype
+from scm_core.nn.attention import MAX_HEAD_DIM, Tangents, tangent_dtype
 
 LOG2_E = tl.constexpr(math.log2(math.e))  # the kernels use 2^x, which the hardware has
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -208,29 +206,20 @@ def _backward_keys_kernel(
 def _launch(kernel: Any, blocks_of: int, per: str, q: Tensor, k: Tensor, *args: Any, **flags: bool) -> None:
     """Run `kernel` with one program per head and block (`per` names its size) of `blocks_of` rows."""
     b, heads, length, d = q.shape
-    # Sized for about 100 KB of shared memory and 128 KB of registers per program: four key tiles, two query-sized accumulators.
+    # About the largest tiles for which ptxas spills no registers of the forward kernel, on compute capability 8.0 and 9.0. float32
+    # without tensor cores needs many. The sum over a head's features is not split, hence MAX_HEAD_DIM.
     block_d = max(16, triton.next_power_of_2(d))
-    blocks = {
-        "BLOCK_M": min(64, 8192 // block_d),
-        "BLOCK_N": min(64, max(16, 8192 // (block_d * q.element_size()))),
-        "BLOCK_D": block_d,
-    }
+    block_m, block_n = (16, 16) if q.dtype == torch.float32 else (64, 32) if block_d <= 128 else (32, 16)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     device = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
     with device:
         kernel[(b * heads * triton.cdiv(blocks_of, blocks[per]),)](
-            *args,
-            heads,
-            length,
-            k.shape[2],
-            d,
-            1 / math.sqrt(d),
-            **flags,
-            **blocks,
+            *args, heads, length, k.shape[2], d, 1 / math.sqrt(d), **flags, **blocks,
             PRECISION="ieee" if exact else "tf32",
             num_warps=4 if block_d <= 64 else 8,
-            num_stages=2 if q.element_size() == 2 else 1,
-        )
+            num_stages=1 if q.dtype == torch.float32 else 2,
+        )  # fmt: skip
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -238,24 +227,14 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tq: Tensor | None,
-        tk: Tensor | None,
-        tv: Tensor | None,
-        mask: Tensor | None,
-        dtype: torch.dtype,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, mask: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        y = torch.empty_like(q)
-        tangent = torch.empty_like(q, dtype=dtype)
+        y, tangent = torch.empty_like(q), torch.empty_like(q, dtype=dtype)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        unused = q  # stands where a kernel wants a pointer that its flags tell it not to read
-        tangents = [unused if t is None else t for t in (tq, tk, tv)]
+        # q stands where a kernel wants a pointer that its flags tell it not to read
+        pointers = (q, k, v, *(q if t is None else t for t in (*tangents, mask)), y, tangent, lse)
         names = ("HAS_TQ", "HAS_TK", "HAS_TV", "MASKED")
-        flags = {name: x is not None for name, x in zip(names, (tq, tk, tv, mask), strict=True)}
-        pointers = (q, k, v, *tangents, unused if mask is None else mask, y, tangent, lse)
+        flags = {name: x is not None for name, x in zip(names, (*tangents, mask), strict=True)}
         _launch(_forward_kernel, q.shape[2], "BLOCK_M", q, k, *pointers, **flags)
         ctx.save_for_backward(q, k, v, y, lse, mask)
         ctx.mark_non_differentiable(tangent)
@@ -272,46 +251,38 @@ class _FlashAttention(torch.autograd.Function):
         masked = mask is not None
         _launch(_backward_queries_kernel, q.shape[2], "BLOCK_M", q, k, *pointers, grad_q, MASKED=masked)
         _launch(_backward_keys_kernel, k.shape[2], "BLOCK_N", q, k, *pointers, grad_k, grad_v, MASKED=masked)
-        return grad_q, grad_k, grad_v, None, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    key_mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(y, ẏ) of softmax(q kᵀ/√d) v, y with its autograd graph (App. F); shapes as in `attention`, which checks them.
 
-    None is a zero tangent. ẏ has the tangents' dtype.
+    `tangents` are those of q, k, v; None is a zero tangent. ẏ has their dtype.
 
-    Raises ValueError for a dtype other than float16, bfloat16 and float32, d > 256, or tensors on a device without Triton.
+    Raises ValueError for a dtype other than float16, bfloat16 and float32, d above MAX_HEAD_DIM, or tensors on a device without Triton.
     """
-    if q.dtype not in DTYPES:
-        raise ValueError(f"backend: 'triton' needs float16, bfloat16 or float32, got {q.dtype}; use 'chunked'")
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"backend: 'triton' needs d ≤ {MAX_HEAD_DIM}, got {q.shape[3]}; use 'chunked'")
+    if q.shape[3] > MAX_HEAD_DIM.get(q.dtype, 0):
+        limits = ", ".join(f"{dtype} with d ≤ {d}" for dtype, d in MAX_HEAD_DIM.items())
+        raise ValueError(f"backend: 'triton' needs {limits}, got {q.dtype} with d = {q.shape[3]}; use 'chunked'")
     if not (q.is_cuda or INTERPRETED.value):
         raise ValueError(f"backend: 'triton' needs CUDA tensors, got {q.device}; use 'chunked' or TRITON_INTERPRET=1")
-    dtype = tangent_dtype(tq, tk, tv)
-    (tq, tk, tv), factor = _same_dtype(tq, tk, tv, q.dtype)
-    tensors = [None if x is None else x.contiguous() for x in (q, k, v, tq, tk, tv)]
+    dtype = tangent_dtype(tangents)
+    tangents, factor = _same_dtype(tangents, q.dtype)
+    moving = tuple(None if t is None else t.contiguous() for t in tangents)
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    y, tangent = _FlashAttention.apply(*tensors, mask, dtype if factor is None else torch.float32)
+    inner = dtype if factor is None else torch.float32
+    y, tangent = _FlashAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), moving, mask, inner)
     return y, tangent if factor is None else (tangent * factor).to(dtype)
 
 
-def _same_dtype(
-    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, dtype: torch.dtype
-) -> tuple[list[Tensor | None], Tensor | None]:
+def _same_dtype(tangents: Tangents, dtype: torch.dtype) -> tuple[Tangents, Tensor | None]:
     """The tangents in `dtype`, divided by the returned power of two, which makes the largest about 1; None if they had that dtype."""
-    tangents = [tq, tk, tv]
     given = [t for t in tangents if t is not None]
     if all(t.dtype == dtype for t in given):
         return tangents, None
     peak = torch.stack([t.abs().amax().float() for t in given]).amax()
     factor = torch.exp2(torch.ceil(torch.log2(peak.clamp(min=1e-30))))
-    return [None if t is None else (t / factor).to(dtype) for t in tangents], factor
+    tq, tk, tv = (None if t is None else (t / factor).to(dtype) for t in tangents)
+    return (tq, tk, tv), factor

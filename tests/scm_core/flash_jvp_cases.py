@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scm_core.nn.attention import attention
+from scm_core.nn.attention import MAX_HEAD_DIM, attention
 from scm_core.nn.dual import Dual
 
 F64 = torch.float64
@@ -55,16 +55,18 @@ SHAPES = [
     (2, 3, 1, 1, 16),
     (1, 2, 2, 2, 5),
     (1, 2, 3, 17, 1),
-    (2, 1, 64, 64, 64),
+    (1, 1, 64, 64, 64),
     (1, 1, 100, 70, 40),
-    (1, 1, 5, 257, 24),
-    (1, 1, 257, 3, 8),
+    (1, 1, 5, 157, 24),
+    (1, 1, 157, 3, 8),
+    (1, 1, 20, 20, 100),
     (1, 1, 33, 40, 200),
 ]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(s, t) for s in SHAPES for t in TOLERANCE if s[-1] <= MAX_HEAD_DIM[t]], ids=str
+)
 def test_output_and_tangent_equal_the_formula(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     values, tangents = inputs(*shape, dtype)
     found, wanted = triton(values, tangents, dtype), expected(values, tangents)
@@ -89,10 +91,10 @@ def test_plain_tensors_beside_pairs_are_constants(moving: tuple[bool, bool, bool
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_value_has_the_gradients_of_the_formula_and_the_tangent_has_none(dtype: torch.dtype) -> None:
-    values, tangents = inputs(2, 2, 70, 83, 20, dtype)
-    mask = normal(2, 83, seed=32) > 0
-    mask[1, :70] = False
-    upstream = normal(2, 2, 70, 20, seed=33).to(dtype).to(F64)
+    values, tangents = inputs(2, 1, 70, 43, 20, dtype)
+    mask = normal(2, 43, seed=32) > 0
+    mask[1, :35] = False
+    upstream = normal(2, 1, 70, 20, seed=33).to(dtype).to(F64)
     ours = [x.to(DEVICE, dtype).requires_grad_() for x in values]
     theirs = [x.clone().requires_grad_() for x in values]
     pairs = [Dual(x, t.to(DEVICE, dtype).requires_grad_()) for x, t in zip(ours, tangents, strict=True)]
@@ -105,9 +107,9 @@ def test_the_value_has_the_gradients_of_the_formula_and_the_tangent_has_none(dty
 
 
 def test_what_is_masked_has_no_influence_and_no_key_gives_zero() -> None:
-    values, tangents = inputs(3, 2, 20, 150, 16, torch.float32)
-    mask = torch.ones(3, 150, dtype=torch.bool)
-    mask[0, :130], mask[1, 20:], mask[2] = False, False, False
+    values, tangents = inputs(3, 1, 20, 50, 16, torch.float32)
+    mask = torch.ones(3, 50, dtype=torch.bool)
+    mask[0, :37], mask[1, 20:], mask[2] = False, False, False
     wanted = expected(values, tangents, mask)
     for x in (*values[1:], *tangents[1:]):
         x.masked_fill_(~mask[:, None, :, None], 1e4)
@@ -187,12 +189,9 @@ def test_inputs_need_not_be_contiguous() -> None:
     assert relative(found.tangent, wanted[1]) <= 5e-6
 
 
-def test_what_no_kernel_takes_is_refused() -> None:
-    for shape, dtype, message in (
-        ((1, 1, 2, 2), F64, "float32, got torch.float64"),
-        ((1, 1, 2, 257), torch.float16, "d ≤ 256, got 257"),
-    ):
-        x = torch.ones(shape, dtype=dtype, device=DEVICE)
-        with pytest.raises(ValueError, match=message):
-            attention(Dual(x, x), x, x, backend="triton")
-        assert attention(Dual(x, x), x, x).tangent.isfinite().all()  # `auto` takes the other way
+@pytest.mark.parametrize(("dtype", "d"), [(F64, 2), (torch.float32, 129), (torch.float16, 257)], ids=str)
+def test_what_no_kernel_takes_is_refused(dtype: torch.dtype, d: int) -> None:
+    x = torch.ones(1, 1, 2, d, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=f"'triton' needs .* got {dtype} with d = {d}; use 'chunked'"):
+        attention(Dual(x, x), x, x, backend="triton")
+    assert attention(Dual(x, x), x, x).tangent.isfinite().all()  # `auto` takes the other way
