@@ -114,7 +114,7 @@ def to_trigflow(x_s: Tensor, s: Tensor, schedule: Schedule, sigma_data: float) -
     Raises ValueError for sigma_data ≤ 0 or shapes, devices or types of time that do not fit.
     """
     check_positive("sigma_data", sigma_data)
-    broadcast_time(s, x_s)
+    broadcast_time(s, x_s, "s")
     alpha, sigma = schedule.coefficients(s)
     factor = sigma_data / torch.hypot(alpha * sigma_data, sigma)
     return x_s * broadcast_time(factor, x_s), torch.atan2(sigma, sigma_data * alpha)
@@ -139,7 +139,7 @@ def _weights(prediction: Prediction, schedule: Schedule, point: Point) -> tuple[
     if prediction == "velocity":
         return -point.sigma, point.alpha
     # flow: dx_s/ds = α'_s x0 + σ'_s ε
-    _, (a, b) = torch.func.jvp(schedule.coefficients, (point.s,), (one,))
+    a, b = torch.func.jvp(schedule.coefficients, (point.s,), (one,))[1]
     return a, b
 
 

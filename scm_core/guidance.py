@@ -6,14 +6,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scm_core.validate import check_like
+
 VelocityFn = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def guided(net: Callable[..., Tensor], x: Tensor, t: Tensor, labels: Tensor, guidance: Tensor | float) -> Tensor:
-    """F_uncond + s (F_cond − F_uncond) in one forward of twice the batch; x is x_t/σ_d, s a number or of shape (B,)."""
+    """F_uncond + s (F_cond − F_uncond) in one forward of twice the batch; x is x_t/σ_d (B, …), t, labels (B,), s a number or of shape (B,).
+
+    Raises ValueError for labels or scales of another shape or device than t.
+    """
+    check_like("labels", labels, t, "t")
     both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([torch.full_like(labels, -1), labels]))
     uncond, cond = both.chunk(2)
     if isinstance(guidance, Tensor):
+        check_like("guidance", guidance, t, "t")
         guidance = guidance.reshape(-1, *[1] * (x.ndim - 1))
     return uncond + guidance * (cond - uncond)
 

@@ -17,17 +17,18 @@ SIGMA_MAX = 80.0  # the largest noise level of every sampler (paper §5.2), in u
 SIGMA_MIN = 0.002  # the smallest one of EDM's grid
 
 
-def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
+def broadcast_time(t: Tensor, x: Tensor, name: str = "t") -> Tensor:
     """Return t of shape (B,) as (B, 1, …, 1), to broadcast once against x of shape (B, …).
 
-    Raises ValueError for another shape (silent broadcasting would mix samples), another device, or t in half precision.
+    Raises ValueError, with the argument's `name`, for another shape (silent broadcasting would mix samples), another device, or half
+    precision.
     """
-    check_time_dtype(t)
+    check_time_dtype(t, name)
     if t.shape != x.shape[:1]:
         raise ValueError(
-            f"t: expected shape ({x.shape[0]},) to match x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
+            f"{name}: expected shape ({x.shape[0]},) to match x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
         )
-    check_device("t", t, x, "x")
+    check_device(name, t, x, "x")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 

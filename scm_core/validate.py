@@ -39,10 +39,12 @@ def check_sample(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected float32 or float64, got {value.dtype}; convert inside the network")
 
 
-def check_time_dtype(t: Tensor) -> None:
+def check_time_dtype(t: Tensor, name: str = "t") -> None:
     """ValueError for integer or half-precision t: bfloat16 turns tan(t_max) = 160 into 120."""
     if not t.is_floating_point() or t.dtype in HALF:
-        raise ValueError(f"t: expected float32 or float64, got {t.dtype}; convert the network's input, not the time")
+        raise ValueError(
+            f"{name}: expected float32 or float64, got {t.dtype}; convert the network's input, not the time"
+        )
 
 
 def check_times(t: Tensor) -> None:

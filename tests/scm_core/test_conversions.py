@@ -173,6 +173,6 @@ def test_misuse_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=r"sigma_data: expected a positive number, got 0\.0"):
             call()
-    for convert in (to_trigflow, from_trigflow):
-        with pytest.raises(ValueError, match=r"t: expected shape \(4,\)"):
+    for convert, name in ((to_trigflow, "s"), (from_trigflow, "t")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape \(4,\)"):
             convert(x, t[:3], EDMSchedule(), SIGMA_DATA)

@@ -41,6 +41,15 @@ def test_guided_equals_two_passes(point: tuple[Tensor, Tensor, Tensor], scale: T
     assert not torch.allclose(uncond, cond)
 
 
+def test_labels_and_scales_that_do_not_fit_are_named(point: tuple[Tensor, Tensor, Tensor]) -> None:
+    """One label and one scale for each sample: a single one would be broadcast silently."""
+    net, (x, t, labels) = network(), point
+    with pytest.raises(ValueError, match=r"labels: expected the shape \(4,\) of t, got \(1,\)"):
+        guided(net, x, t, labels[:1], 1.5)
+    with pytest.raises(ValueError, match=r"guidance: expected the shape \(4,\) of t, got \(1,\)"):
+        guided(net, x, t, labels, torch.tensor([1.5]))
+
+
 def test_scale_one_is_the_conditional_network(point: tuple[Tensor, Tensor, Tensor]) -> None:
     """s = 1: no guidance."""
     net, (x, t, labels) = network(), point

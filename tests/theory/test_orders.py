@@ -179,6 +179,15 @@ def test_first_and_last_step_are_of_first_order(data: Any, solver: Callable[...,
     assert not torch.allclose(inner, ddim(data.diffusion_net, x, [1.3, 0.5, 0.1], SIGMA_DATA), atol=1e-3)
 
 
+@pytest.mark.parametrize("solver", [dpm2m, dpmpp2m])
+def test_step_after_infinite_noise_is_of_first_order(data: Any, solver: Callable[..., Tensor]) -> None:
+    """λ_s' = −∞ at π/2: nothing can be extrapolated from there; the third step is of second order again."""
+    x, net = SIGMA_DATA * normal(4, *SHAPE, seed=3), data.diffusion_net
+    grid = [math.pi / 2, 1.2, 0.5, 0.1]
+    assert torch.equal(solver(net, x, grid[:3], SIGMA_DATA), ddim(net, x, grid[:3], SIGMA_DATA))
+    assert not torch.allclose(solver(net, x, grid, SIGMA_DATA), ddim(net, x, grid, SIGMA_DATA), atol=1e-3)
+
+
 @pytest.mark.parametrize("solver", ORDERS)
 def test_solvers_approach_the_exact_endpoint(data: Any, solver: str) -> None:
     """On EDM's grid to 0, too, more steps bring the sample closer to the PF-ODE's endpoint."""
