@@ -70,7 +70,7 @@ def discrete_tangent(
     F = net(x_t / sigma_data, t)
     with torch.no_grad():
         F_minus = F.to(x_t.dtype)  # the arithmetic is never in half precision
-        # (cos(h) F − F')/sin(h): the difference of neighbours is taken first, without rounding, so that only the network's own is divided
+        # (cos(h) F − F')/sin(h): the difference of neighbours first, which does not round; 1/sin(h) amplifies F's own roundings alone
         slope = (F_minus - F_next) / torch.sin(h) - torch.tan(h / 2) * F_minus
         delta = -torch.cos(end) * (sigma_data * F_minus - dxdt) - warmup * torch.sin(end) * (x_t + sigma_data * slope)
         g, norm = normalize_tangent(torch.cos(tb) * delta, normalize, c)

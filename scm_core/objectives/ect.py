@@ -6,13 +6,14 @@ TrigFlow's cos(θ) x0 + sin(θ) z is cos(θ) x_σ, and its consistency function 
 network is that of every other method. The distance of t to r falls in stages from t (r = 0: a diffusion model, the start) towards 0.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scm_core.objectives import Batch, Method, Terms, check_positive
-from scm_core.objectives.consistency import Conditioned, without_guidance
+from scm_core.objectives.consistency import without_guidance
 from scm_core.objectives.discrete import pass_before
 from scm_core.trigflow import consistency_function, diffuse, sigma_to_t
 
@@ -65,7 +66,7 @@ class EctObjective:
         self.stage_iterations, self.c, self.q, self.k, self.b = stage_iterations, c, q, k, b
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
-        x0, net = batch.x0, Conditioned(self.net, batch.labels, None)
+        x0, net = batch.x0, partial(self.net, labels=batch.labels)
         z = torch.randn(x0.shape, generator=generator, device=x0.device) * self.sigma_data
         tau = torch.randn(len(x0), generator=generator, device=x0.device)
         t = torch.exp(self.P_mean + self.P_std * tau)

@@ -138,8 +138,10 @@ class VsdObjective:
         t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator)
         x = diffuse(x0.detach(), z, t) / sigma_data
         with evaluating(self.teacher) as teacher, evaluating(self.fake) as fake:
-            unguided = s is None or labels is None  # without labels there is no s
-            F_teacher = teacher(x, t, labels) if unguided else guided(teacher, x, t, labels, s)
+            if s is None or labels is None:  # without labels there is no s
+                F_teacher = teacher(x, t, labels)
+            else:
+                F_teacher = guided(teacher, x, t, labels, s)
             F_fake = fake(x, t, labels, s if self.fake_guidance else None)
         logvar = None if self.logvar is None else self.logvar(t)
         scalars = {"vsd_error": mean_square(F_teacher - F_fake).mean()}
@@ -160,8 +162,8 @@ class SumObjective:
 
 
 def fake_network(net: nn.Module, teacher: nn.Module, guidance_input: bool) -> nn.Module:
-    """F_φ at its start, trainable: a copy of the teacher; with `guidance_input` one of the student's form, the teacher's weights and a
-    guidance input of gain 0, which is the same function.
+    """F_φ at its start, trainable: a copy of the teacher; with `guidance_input` one of the student's form (and dropout), with the teacher's
+    weights and a guidance input that is zero again, which is the teacher's function at every scale.
 
     Raises ValueError if the student has no guidance input or is not of the teacher's architecture.
     """
@@ -169,13 +171,13 @@ def fake_network(net: nn.Module, teacher: nn.Module, guidance_input: bool) -> nn
         return copy.deepcopy(teacher).requires_grad_(True)
     fake = copy.deepcopy(net).requires_grad_(True)
     result = fake.load_state_dict(teacher.state_dict(), strict=False)
-    gains = [key for key in result.missing_keys if key.endswith("guidance_gain")]
-    unknown = [key for key in result.missing_keys if "guidance" not in key] + list(result.unexpected_keys)
-    if unknown or not gains:
+    own = list(result.missing_keys)
+    unknown = [key for key in own if "guidance" not in key] + list(result.unexpected_keys)
+    if unknown or not own:
         why = f"{unknown[0]} is not in both" if unknown else "the student has no guidance input of its own"
         raise ValueError(f"fake_guidance: expected a student that is the teacher and a guidance input; {why}")
-    with torch.no_grad():
-        for key in gains:
+    with torch.no_grad():  # zero the gain alone, where there is one: gain and weight both at zero would never leave it
+        for key in [key for key in own if key.endswith("guidance_gain")] or own:
             fake.get_parameter(key).zero_()
     return fake
 

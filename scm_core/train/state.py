@@ -47,6 +47,10 @@ class TrainState:
     ) -> None:
         self.net, self.heads, self.settings = net, dict(heads or {}), settings
         self.companions = dict(companions or {})
+        if any(other.settings.seed == settings.seed for other in self.companions.values()):
+            raise ValueError(
+                f"companions: expected seeds of their own, or they share the noise of seed {settings.seed}"
+            )
         groups: list[dict[str, Any]] = [{"params": list(net.parameters()), "lr": settings.lr}]
         if self.heads:
             parameters = [p for head in self.heads.values() for p in head.parameters()]

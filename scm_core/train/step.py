@@ -24,7 +24,7 @@ def train_step(
     A step whose loss or gradient is not finite changes no weight and no average; it is counted, and `patience` of them in a row raise
     NonFiniteError. The images count as seen either way, so that the order of the data does not depend on the guard.
     """
-    scalars = {}
+    scalars: dict[str, torch.Tensor] = {}
     for name, other in state.companions.items():
         terms = train_step(other, (companions or {})[name], batch)
         scalars |= {f"{name}/{key}": value for key, value in {"loss": terms.loss, **terms.scalars}.items()}

@@ -136,7 +136,7 @@ def test_no_warmup_leaves_the_difference_to_the_velocity(own: str) -> None:
 
 
 def test_single_precision_on_the_finest_grid() -> None:
-    """4096 intervals in float32: the error is the network's own rounding over the step, and below that of the formula as printed."""
+    """4096 intervals in float32: the error stays that of F, some roundings, divided by the step."""
     net, rough = small_net(), small_net().float()
     grid = interval_times(4096, SIGMA_DATA).float()
     index = torch.linspace(2, 4096, 64).long()
@@ -146,17 +146,12 @@ def test_single_precision_on_the_finest_grid() -> None:
         net, x_t.double(), t.double(), t_next.double(), dxdt.double(), SIGMA_DATA, normalize="none"
     ).g
     got = discrete_tangent(rough, x_t, t, t_next, dxdt, SIGMA_DATA, normalize="none").g
-    with torch.no_grad():
-        h, end = wide(t - t_next), wide(t_next)
-        F = rough(x_t / SIGMA_DATA, t)
-        F_next = rough((torch.cos(h) * x_t - torch.sin(h) * dxdt) / SIGMA_DATA, t_next)
-        part = (SIGMA_DATA * torch.cos(h) * F - SIGMA_DATA * F_next) / torch.sin(h)
-        printed = torch.cos(wide(t)) * (-torch.cos(end) * (SIGMA_DATA * F - dxdt) - torch.sin(end) * (x_t + part))
-    error, error_printed = ((g.double() - exact).abs().flatten(1).amax(1) for g in (got, printed))
+    error = (got.double() - exact).abs().flatten(1).amax(1)
     assert got.dtype == torch.float32
-    bound = 4 * torch.finfo(torch.float32).eps * torch.cos(t) * torch.sin(t_next) / torch.sin(t - t_next)
-    assert (error < 1e-6 + bound).all()
-    assert error.mean() < error_printed.mean()
+    rounding = 4 * torch.finfo(torch.float32).eps
+    amplified = torch.cos(t) * torch.sin(t_next) / torch.sin(t - t_next)
+    assert (error < rounding * (1 + amplified)).all()
+    assert (amplified > 100).any()
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------------------------

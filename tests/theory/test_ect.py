@@ -100,7 +100,7 @@ def test_loss_is_its_formula_and_its_gradient_the_adaptive_weight() -> None:
     loss = ect_loss(f_t, f_r, gap, c)
     norms = [float((f_t[i] - f_r[i]).detach().norm()) for i in range(3)]
     expected = sum((math.sqrt(n**2 + c**2) - c) / float(g) for n, g in zip(norms, gap, strict=True)) / 3
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
     loss.backward()
     scale = 1 / (3 * gap * (torch.tensor(norms, dtype=F64) ** 2 + c**2).sqrt())
     torch.testing.assert_close(f_t.grad, scale[:, None, None, None] * (f_t - f_r).detach(), rtol=1e-10, atol=0)

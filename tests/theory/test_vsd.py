@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scm_core.nn.build import build_network
 from scm_core.nn.embedding import LogVarHead
 from scm_core.nn.small import SmallNet
 from scm_core.objectives import Batch
@@ -273,32 +274,48 @@ def test_sum_of_scd_and_vsd() -> None:
         options = {"P_mean": -1.0, "P_std": 1.4, "warmup": 0, "guidance": (1.0, 2.0), "vsd_weight": weight}
         method = METHODS["scd_vsd"](net, own, SIGMA_DATA, (2, 4, 4), **options)
         losses[weight] = float(method.objective(images(), torch.Generator().manual_seed(3), 0).loss.detach())
-    assert losses[2.0] - losses[1.0] == pytest.approx(2 * (losses[1.0] - losses[0.5]), rel=1e-4)
     generator = torch.Generator().manual_seed(3)
     scd = METHODS["scd"](net, own, SIGMA_DATA, (2, 4, 4), P_mean=-1.0, P_std=1.4, warmup=0, guidance=(1.0, 2.0))
     first = float(scd.objective(images(), generator, 0).loss.detach())
     vsd = METHODS["vsd"](net, own, SIGMA_DATA, (2, 4, 4), guidance=(1.0, 2.0))
     second = float(vsd.objective(images(), generator, 0).loss.detach())
-    assert first + second == pytest.approx(losses[1.0], rel=1e-5)
+    assert second != 0
+    for weight, loss in losses.items():
+        assert loss == pytest.approx(first + weight * second, rel=1e-5)
     assert set(method.heads) == {"logvar", "vsd_logvar"}
 
 
-def test_fake_starts_as_the_teacher() -> None:
-    """F_φ with a guidance input is the teacher's function at every scale, also beside a student that has left the teacher; trainable,
-    and sharing nothing with either."""
-    student, own, x = small_net(True, 5), small_net(False, 8).eval().requires_grad_(False), torch.randn(6, 2, 4, 4)
-    t, labels, s = torch.linspace(0.1, 1.5, 6), images().labels, torch.linspace(1, 2, 6)
+TINY_UNET = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
+ARCHITECTURES = {
+    "small": {"width": 8, "blocks": 2},
+    "ddpmpp": TINY_UNET,
+    "edm2": {**TINY_UNET, "head_channels": 4},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fake_starts_as_the_teacher(architecture: str) -> None:
+    """F_φ with a guidance input is the teacher's function at every scale, also beside a student that has left the teacher; it can learn
+    from the scale, and shares nothing with either."""
+    config = {"architecture": architecture, "channels": 2, "resolution": 8, "labels": 3, **ARCHITECTURES[architecture]}
+    torch.manual_seed(0)
+    student, own = build_network({**config, "guidance_input": True}), build_network(config).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in [*student.parameters(), *own.parameters()]:
+            parameter += 0.3 * torch.randn_like(parameter)
+    x, t, labels, s = torch.randn(6, 2, 8, 8), torch.linspace(0.1, 1.5, 6), torch.arange(6) % 3, torch.linspace(1, 2, 6)
     told, plain = fake_network(student, own, True), fake_network(student, own, False)
     expected = own(x, t, labels)
-    torch.testing.assert_close(told(x, t, labels, s), expected, rtol=1e-6, atol=1e-6)
+    assert (student(x, t, labels, s) - student(x, t, labels, 2 * s)).abs().max() > 1e-3
+    torch.testing.assert_close(told(x, t, labels, s), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain(x, t, labels), expected, rtol=0, atol=0)
     for fake in (told, plain):
         assert all(parameter.requires_grad for parameter in fake.parameters())
         shared = {p.data_ptr() for p in [*student.parameters(), *own.parameters()]}
         assert not any(p.data_ptr() in shared for p in fake.parameters())
     told(x, t, labels, s).square().mean().backward()
-    assert float(told.get_parameter("guidance_gain").grad.abs()) > 0  # type: ignore[union-attr]  # it can learn from s
-    assert not own.get_parameter("conv_in.weight").requires_grad
+    assert any(p.grad is not None and p.grad.any() for name, p in told.named_parameters() if "guidance" in name)
+    assert not any(p.requires_grad for p in own.parameters())
 
 
 def test_fake_is_trained_with_dropout_and_asked_without() -> None:

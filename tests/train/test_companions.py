@@ -157,6 +157,13 @@ def test_the_streams_of_noise_differ() -> None:
     assert len(set(values)) == 20
 
 
+def test_a_companion_needs_a_seed_of_its_own() -> None:
+    """With the student's seed it would see the student's noise and masks: ValueError."""
+    state, _, _ = run_of()
+    with pytest.raises(ValueError, match=r"companions: expected seeds of their own.*seed 3"):
+        TrainState(state.net, state.settings, state.heads, {"fake": TrainState(state.net, state.settings)})
+
+
 def test_each_step_moves_its_own_network() -> None:
     """F_φ's step gives the student no gradient and moves no weight of it; the student's none of F_φ; the one comes before the other."""
     state, objective, others = run_of()
