@@ -26,19 +26,6 @@ class Tracker(Protocol):
         """Records a fact about the run."""
 
 
-class NullTracker:
-    """A tracker that keeps nothing."""
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Does nothing."""
-
-    def set_tag(self, key: str, value: str) -> None:
-        """Does nothing."""
-
-
 @dataclass(frozen=True)
 class Context:
     """One execution of a stage. What it writes into `out` becomes the output; `work` survives a kill."""
@@ -53,6 +40,7 @@ class Context:
     input_runs: Mapping[str, str]  # name of an input -> run id that made it
     progress_file: Path
     log_progress: bool = True  # False: only progress.json, nothing on stdout
+    code: str = ""  # digest of the sources: names what only the same code may find again in `work`
 
     @property
     def slot(self) -> "Slot":

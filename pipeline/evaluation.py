@@ -77,7 +77,8 @@ def count_points(steps: Sequence[int], grid: Sequence[float] | None, select: int
 class Evaluator:
     """Measures points of one model: noise and label from each sample's index, generate, decode, round, features, metrics.
 
-    Finished points are kept in the job's working folder, so that a killed evaluation goes on where it was.
+    Finished points are kept in the job's working folder, so that a killed evaluation goes on where it was; those of
+    other code are left aside.
     """
 
     def __init__(self, ctx: Context) -> None:
@@ -109,7 +110,7 @@ class Evaluator:
 
     def measure(self, point: Point) -> dict[str, float]:
         """nfe, fid, fid_se, precision and recall at one point."""
-        kept = self.ctx.work / "points" / f"{point.key}.json"
+        kept = self.ctx.work / f"points-{self.ctx.code[:16]}" / f"{point.key}.json"
         result = read_json(kept)
         if result is None:
             features = []

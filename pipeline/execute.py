@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import manifest, paths, publish
+from pipeline import attempts, manifest, paths, publish
 from pipeline.context import Context
 from pipeline.errors import PipelineError
 from pipeline.files import Lock, identify, read_json, write_json
@@ -82,8 +82,8 @@ def run_stage(
             if expected not in (None, mark):
                 raise Failed(f"{job.name}: params.yaml or an input changed since it was submitted; run it again")
             publish.set_aside_if_stale(job, mark)
-            _prepare(job, mark, launcher, attempt, job_id)
-            _compute(job, params, inputs, mark, launcher, job_id, show)
+            now = _prepare(job, mark, launcher, attempt, job_id)
+            _compute(job, params, inputs, mark, now, launcher, job_id, show)
         except OSError as error:
             # What a failed attempt staged is of no use, and a full disk needs the room for the words below.
             shutil.rmtree(folder / "out", ignore_errors=True)
@@ -104,19 +104,18 @@ def run_stage(
     note(job, attempt, "ok", f"{job.name}: done in {time.time() - started:.0f} s")
 
 
-def _prepare(job: "Job", mark: str, launcher: str, attempt: str, job_id: str) -> None:
-    """The working folder at the start of an attempt: identity, who runs it, an empty staging folder."""
+def _prepare(job: "Job", mark: str, launcher: str, attempt: str, job_id: str) -> attempts.Attempt:
+    """The working folder at the start of an attempt: identity, who runs it, with which code, an empty staging folder."""
     folder = paths.job_folder(job)
+    now = attempts.begin(job, mark)
     (folder / "work").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "out").mkdir()
     for name in (publish.EXIT, publish.RESULT):
         (folder / name).unlink(missing_ok=True)
-    state = read_json(folder / "state.json") or {"attempts": []}
-    state = {"fingerprint": mark, "run": manifest.run_id(job, mark), "attempts": [*state["attempts"], time.time()]}
-    write_json(folder / "state.json", state)
     process = {**identify(os.getpid()), "launcher": launcher, "job_id": job_id, "attempt": attempt}
     write_json(folder / "process.json", process)
+    return now
 
 
 def _compute(
@@ -124,6 +123,7 @@ def _compute(
     params: "Params",
     inputs: Mapping[str, manifest.Input],
     mark: str,
+    code: Mapping[str, Any],
     launcher: str,
     job_id: str,
     show: bool,
@@ -131,13 +131,12 @@ def _compute(
     from pipeline.lineage import open_run
 
     folder = paths.job_folder(job)
-    started, cpu = time.time(), time.process_time()
+    cpu = time.process_time()
     set_threads(job.resources.threads)
     stage = importlib.import_module(f"pipeline.stages.{job.stage}")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(job.resources.threads)
-    resumed = len((read_json(folder / "state.json") or {}).get("attempts", [])) > 1
-    run = open_run(job, params, inputs, mark, launcher, job_id, resumed)
+    run = open_run(job, params, inputs, mark, code, launcher, job_id, resumed=len(attempts.read(job)) > 1)
     try:
         context = Context(
             job=job,
@@ -150,13 +149,15 @@ def _compute(
             input_runs={name: item.run for name, item in inputs.items() if item.run is not None},
             progress_file=folder / "progress.json",
             log_progress=show,
+            code=code["code"],
         )
         stage.run(context)
         _check(job, folder / "out")
         made = manifest.build(job, params, inputs, mark, folder / "out")
         write_json(folder / "out" / paths.MANIFEST, made)
         ended = time.time()
-        seconds = round(ended - started, 3)
+        tries = attempts.finished(job, ended)
+        seconds = round(sum(attempt["seconds"] for attempt in tries), 3)
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_PER_MB)
         run.finish(folder / "out" / paths.MANIFEST, {"seconds": seconds, "peak_memory_mb": memory})
     except BaseException as error:
@@ -172,15 +173,15 @@ def _compute(
         "stage": job.stage,
         "fingerprint": mark,
         "mlflow_run": run.run_id,
-        "git": dict(run.git),
+        "git": {key: code[key] for key in ("commit", "dirty")},
         "launcher": launcher,
         "job_id": job_id,
         "host": process.get("host"),
-        "started": started,
+        "started": tries[0]["started"],
         "ended": ended,
         "seconds": seconds,
         "cpu_seconds": round(time.process_time() - cpu, 3),
-        "attempts": len((read_json(folder / "state.json") or {}).get("attempts", [])),
+        "attempts": tries,
         "peak_memory_mb": memory,
         "threads": job.resources.threads,
     }

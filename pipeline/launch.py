@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline import manifest, paths, publish
+from pipeline import attempts, manifest, paths, publish
 from pipeline.errors import PipelineError
 from pipeline.files import Lock, is_locked, read_json, write_json
 from pipeline.progress import describe
@@ -127,6 +127,8 @@ class Waiter:
 
         publish.set_aside_if_stale(self.job, mark)
         self.folder.mkdir(parents=True, exist_ok=True)
+        attempts.warn_of_other_code(self.job)
+        attempts.close(self.job)
         for name in (publish.EXIT, "process.json", "progress.json"):
             (self.folder / name).unlink(missing_ok=True)
         if not (self.folder / "state.json").exists():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths
 from pipeline.files import host, read_json, sha256_file, write_json
-from pipeline.provenance import git_state, place, shown_params
+from pipeline.provenance import place, shown_params
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -42,8 +42,8 @@ def folder_of(job: paths.JobName) -> Path:
 class Run:
     """One execution as a tracker: everything goes to the journal and, in the background, from there to MLflow."""
 
-    def __init__(self, folder: Path, git: Mapping[str, Any]) -> None:
-        self.folder, self.git = folder, git
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         file = folder / "journal.jsonl"
         whole = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")
         self._journal = file.open("a", encoding="utf-8", buffering=1)
@@ -172,9 +172,6 @@ class NoRun:
 
     run_id: str | None = None
 
-    def __init__(self, git: Mapping[str, Any]) -> None:
-        self.git = git
-
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""
 
@@ -199,14 +196,17 @@ def open_run(
     params: "Params",
     inputs: Mapping[str, manifest.Input],
     mark: str,
+    code: Mapping[str, Any],
     launcher: str,
     job_id: str,
     resumed: bool,
 ) -> Run | NoRun:
-    """Opens the run of a job: the one of the attempt before it, if it is resumed, else a new one."""
-    git = git_state()
+    """Opens the run of a job: the one of the attempt before it, if it is resumed, else a new one.
+
+    `code` is what `provenance.code_state` says of the sources.
+    """
     if os.environ.get("SCM_TRACKING") == "off":
-        return NoRun(git)
+        return NoRun()
     folder = folder_of(job)
     header = read_json(folder / "run.json")
     if header is not None and not (resumed and header["fingerprint"] == mark):
@@ -215,12 +215,13 @@ def open_run(
         header = None
     if header is None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", _header(job, params, inputs, mark, git))
-    run = Run(folder, git)
+        write_json(folder / "run.json", _header(job, params, inputs, mark))
+    run = Run(folder)
     run.begin(
         {
-            "mlflow.source.git.commit": git["commit"] or "none",
-            "scm.git.dirty": str(git["dirty"]),
+            "mlflow.source.git.commit": code["commit"] or "none",
+            "scm.git.dirty": str(code["dirty"]),
+            "scm.code": code["code"],
             "scm.host": host(),
             "scm.pid": str(os.getpid()),
             "scm.launcher": launcher,
@@ -230,9 +231,7 @@ def open_run(
     return run
 
 
-def _header(
-    job: "Job", params: "Params", inputs: Mapping[str, manifest.Input], mark: str, git: Mapping[str, Any]
-) -> dict[str, Any]:
+def _header(job: "Job", params: "Params", inputs: Mapping[str, manifest.Input], mark: str) -> dict[str, Any]:
     primary = next(iter(inputs.values()), None)
     run = manifest.run_id(job, mark)
     return {

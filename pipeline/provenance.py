@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run's record says of its origin: the commit, this copy of the repository, the parameters by comparable names."""
 
+import hashlib
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths
-from pipeline.files import canonical, host, sha256_text
+from pipeline.files import canonical, host, sha256_file, sha256_text
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -26,6 +28,20 @@ def git_state() -> dict[str, Any]:
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def sources_digest() -> str:
+    """SHA-256 over the Python sources of scm_core and pipeline, the ones that run: names and contents."""
+    home = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(file for package in ("scm_core", "pipeline") for file in (home / package).rglob("*.py")):
+        digest.update(f"{file.relative_to(home).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def code_state() -> dict[str, Any]:
+    """What the present code is: commit, dirty flag (`git_state`) and digest of the sources (`code`)."""
+    return {**git_state(), "code": sources_digest()}
 
 
 def place() -> str:

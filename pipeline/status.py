@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import paths, registry
+from pipeline import attempts, paths, registry
 from pipeline.cli import Parser
 from pipeline.done import CHANGED, OUTDATED, states
 from pipeline.files import is_alive, is_locked, read_json
@@ -59,8 +59,8 @@ def _row(job: Job, made: str) -> Row:
     running = active(job)
     if running:
         progress = read_json(folder / "progress.json") or {}
-        attempts = (read_json(folder / "state.json") or {}).get("attempts", [])
-        passed = time.time() - attempts[-1] if attempts else 0.0
+        tries = attempts.read(job)
+        passed = time.time() - tries[-1]["started"] if tries else 0.0
         left = progress.get("eta_s") if progress else None
         detail = describe("", progress)[2:] if progress else "starting"
         return Row(job, running, detail, max(0.0, expected - passed) if left is None else left, progress)

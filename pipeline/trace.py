@@ -103,6 +103,17 @@ def manifests() -> dict[str, tuple[Job, dict[str, Any]]]:
     return found
 
 
+def commits(record: Mapping[str, Any]) -> str:
+    """The commits that a run was made with, in the order of its attempts; '' where none was recorded."""
+    made_with = record.get("attempts") if isinstance(record.get("attempts"), list) else [record.get("git") or {}]
+    words = [
+        f"{code['commit']}{' + uncommitted changes' if code.get('dirty') else ''}"
+        for code in made_with or []
+        if code.get("commit")
+    ]
+    return ", then ".join(dict.fromkeys(words))
+
+
 def show(run: str, made: Mapping[str, tuple[Job, dict[str, Any]]], indent: str, name: str, shown: set[str]) -> None:
     """Prints a run and, indented below it, the runs that made its inputs; each run's details once."""
     head = f"{indent}{name}: {run}" if name else f"{indent}{run}"
@@ -117,13 +128,12 @@ def show(run: str, made: Mapping[str, tuple[Job, dict[str, Any]]], indent: str, 
     record = read_json(paths.record_file(job)) or {}
     if record.get("run") != run:
         record = {}
-    git = record.get("git") or {}
-    commit = f"{git['commit']}{' + uncommitted changes' if git.get('dirty') else ''}" if git.get("commit") else None
     digest = manifest.digest(manifest.path_of(job))
     print(head)
     rest = f"{indent}    "
     print(f"{rest}stage {entry['stage']}, scale {entry['scale']}, fingerprint {entry['fingerprint'][:16]}")
-    print(f"{rest}commit {commit or 'not recorded here'}, MLflow run {record.get('mlflow_run') or 'not recorded here'}")
+    unknown = "not recorded here"
+    print(f"{rest}commit {commits(record) or unknown}, MLflow run {record.get('mlflow_run') or unknown}")
     print(f"{rest}output {job.outputs[0].as_posix()}, manifest SHA-256 {digest[:16]}")
     # The largest files are what matters: weights and data.
     files = sorted(entry["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))

@@ -66,11 +66,60 @@ def test_a_kill_leaves_no_output_and_the_next_run_resumes(repo: Any) -> None:
     repo.wait_for(lambda: int((repo.work / "steps/work/step").read_text()) >= 4)
     os.killpg(process.pid, signal.SIGKILL)
     assert not (repo.root / "runs/tiny/steps").exists()
-    assert repo.run("steps").code == 0
+    done = repo.run("steps")
+    assert (done.code, done.err) == (0, "")
     starts = (repo.root / "runs/tiny/starts.txt").read_text().split()
     assert starts[0] == "0"
     assert int(starts[1]) >= 4
     assert [path.name for path in sorted((repo.root / "runs/tiny/steps").iterdir())] == ["manifest.json", "result"]
+
+
+@pytest.mark.parametrize("launcher", ["inline", "local"])
+def test_a_resume_with_other_code_goes_on_and_says_so(repo: Any, launcher: str) -> None:
+    """The fingerprint has no code in it: what goes on with other code than it began with is warned of and recorded."""
+    repo.run("first")
+    for command in (["init", "-q"], ["add", "driver.py"], ["commit", "-qm", "one"]):
+        git(repo, *command)
+    before = git(repo, "rev-parse", "HEAD")
+    process = repo.start("steps")
+    repo.wait_for(lambda: (repo.work / "steps/work/step").exists())
+    repo.wait_for(lambda: int((repo.work / "steps/work/step").read_text()) >= 10)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with (repo.root / "pipeline/stages/steps.py").open("a") as file:
+        file.write("# another way to do it\n")
+    git(repo, "commit", "-q", "--allow-empty", "-m", "two")
+    after = git(repo, "rev-parse", "HEAD")
+    done = repo.run("steps", launcher)
+    assert done.code == 0, done.err
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("warning: steps: what it has so far was made by other code (")
+    assert f"of commit {before[:7]}; now " in done.err
+    assert f"of commit {after[:7]}): training goes on" in done.err
+    starts = (repo.root / "runs/tiny/starts.txt").read_text().split()
+    assert int(starts[1]) >= 10
+    record = json.loads((repo.root / "runs/tiny/.records/steps.json").read_text())
+    first, second = record["attempts"]
+    assert (first["commit"], second["commit"]) == (before, after)
+    assert first["code"] != second["code"]
+    # Thirty steps of a tenth of a second, shared by two attempts: the record counts both.
+    assert first["seconds"] >= 0.8
+    assert second["seconds"] >= 0.5
+    assert record["seconds"] == pytest.approx(first["seconds"] + second["seconds"], abs=0.01)
+    assert record["seconds"] >= 3
+    trace = repo.python(
+        "from pipeline import trace; import json; "
+        "print(trace.commits(json.loads(open('runs/tiny/.records/steps.json').read())))"
+    )
+    assert trace.out == f"{before}, then {after}\n"
+
+
+def git(repo: Any, *words: str) -> str:
+    """What a git command prints in the repository."""
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+    return subprocess.run(
+        ["git", *who, *words], cwd=repo.root, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_checkpoints_of_other_parameters_are_set_aside(repo: Any) -> None:
