@@ -38,6 +38,20 @@ SHAPES = ((16, 4, 64, 64), (8, 4, 256, 64), (8, 1, 256, 256), (1, 4, 1024, 64), 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR = 3.5  # products of L×L×d: two for the value; five for the tangent, one of which is the scores again
 PACKAGE = "jvp_flash_attention"
+WHY = """\
+## Why a kernel of our own
+
+jvp_flash_attention 0.14.0 (MIT licence) gives output and tangent in one pass too, and the gradient of the value. It is as exact as
+ours where nothing is large. It was not taken, because
+
+- in float16 its product p ⊙ ẋ overflows with large tangents, and in half precision it loses digits when all keys share a component
+  (both in the table): it rounds p ⊙ ẋ to the dtype of v before the product with v, uncentred and unscaled;
+- it takes lengths that are even and at least 32, head dimensions 16, 32, 64, 128 and 256, and as many keys as queries. Attention at 4×4
+  positions (length 16) or over a context of another length is outside of that;
+- a padding mask has to be given as a matrix of L×L, which is quadratic memory again, and is checked by looking at its values at each call;
+- tangents travel as torch.autograd.forward_ad duals, one level for all; ours are the pairs that the networks carry.
+
+Its bfloat16 was not measured without a GPU: Triton's interpreter multiplies the bits of bfloat16 numbers, which our kernel works around."""
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -182,19 +196,17 @@ def print_errors() -> None:
             exact = [[x.double() for x in group] for group in (values, tangents)]
             wanted = through_matrix(*exact)
             for name, kernel in kernels.items():
-                try:
-                    found = kernel(values, tangents)
-                    errors = [
-                        ((f.double() - w).abs().max() / w.abs().max()).item()
-                        for f, w in zip(found, wanted, strict=True)
-                    ]
-                    row: dict[str, Any] = {"value": errors[0], "tangent": errors[1]}
-                    row = {key: e if math.isfinite(e) else "not finite" for key, e in row.items()}
-                except Exception as error:  # of a package we only measure
-                    if PACKAGE not in name:
-                        raise
-                    row = {"value": "–", "tangent": f"{type(error).__name__}: {error}"[:200]}
-                rows.append({"case": case, "dtype": str(dtype).removeprefix("torch."), "kernel": name, **row})
+                if PACKAGE in name and dtype == torch.bfloat16 and DEVICE == "cpu":
+                    continue  # Triton's interpreter multiplies the bits of bfloat16 numbers; our kernel works around that
+                found = kernel(values, tangents)
+                errors = [
+                    ((f.double() - w).abs().max() / w.abs().max()).item() for f, w in zip(found, wanted, strict=True)
+                ]
+                error = {
+                    key: e if math.isfinite(e) else "not finite"
+                    for key, e in zip(("value", "tangent"), errors, strict=True)
+                }
+                rows.append({"case": case, "dtype": str(dtype).removeprefix("torch."), "kernel": name, **error})
     print(json.dumps(rows))
 
 
@@ -273,10 +285,11 @@ def markdown(report: dict[str, Any]) -> str:
     found = {(r["case"], r["dtype"], r["kernel"]): r for r in report["accuracy"]}
     for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in report["accuracy"]):
         cells = [
-            f"{number(r['value'])} / {number(r['tangent'])}" for r in (found[case, dtype, kernel] for kernel in kernels)
+            f"{number(r['value'])} / {number(r['tangent'])}" if r else "–"
+            for r in (found.get((case, dtype, kernel)) for kernel in kernels)
         ]
         lines.append(f"| {case} | {dtype} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", WHY]) + "\n"
 
 
 def main() -> None:

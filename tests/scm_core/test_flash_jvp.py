@@ -39,3 +39,30 @@ def test_tensors_that_no_kernel_can_read_are_refused() -> None:
     done = run("0", "-c", code)
     assert done.returncode == 1
     assert "ValueError: backend: 'triton' needs CUDA tensors, got cpu" in done.stderr
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from scm_core.nn import flash_jvp
+
+sizes = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "PRECISION": "ieee"}
+kinds = dict.fromkeys(("heads", "length", "keys", "d"), "i32")
+kinds |= {"Lse": "*fp32", "Delta": "*fp32", "scale": "fp32", "Mask": "*u8"}
+for kernel in (flash_jvp._forward_kernel, flash_jvp._backward_queries_kernel, flash_jvp._backward_keys_kernel):
+    constants = {n: sizes.get(n, True) for n in kernel.arg_names if n in sizes or n.startswith("HAS_") or n == "MASKED"}
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp16") for n in kernel.arg_names}
+    done = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    print(kernel.__name__, "shared", done.metadata.shared)
+    assert "wgmma.mma_async" in done.asm["ptx"]
+    assert done.metadata.shared <= 99 * 1024, done.metadata.shared  # what every GPU since 8.0 has
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types and tile shapes that the interpreter lets pass are checked by the compiler, for which no GPU is needed."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = run("0", "-c", COMPILE)
+    assert done.returncode == 0, done.stderr[-5_000:]
+    assert done.stdout.count("shared") == 3
