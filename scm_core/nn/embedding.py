@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scm_core.nn import dual
 from scm_core.nn.dual import Maybe
+from scm_core.validate import check_positive
 
 Embedding = Literal["positional", "fourier"]
 NoiseInput = Literal["t", "edm"]
@@ -53,8 +54,7 @@ class FourierEmbedding(nn.Module):
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels: expected a positive number, got {channels}")
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {scale}")
+        check_positive("scale", scale)
         generator, f64 = torch.Generator("cpu").manual_seed(seed), torch.float64
         frequencies = torch.randn(channels, generator=generator, dtype=f64, device="cpu") * (2 * math.pi * scale)
         phases = torch.rand(channels, generator=generator, dtype=f64, device="cpu") * (2 * math.pi)
@@ -72,7 +72,7 @@ class TimeEmbedding(nn.Module):
 
     `c_noise` "t" is the identity; "edm" is ¼ ln(σ_d tan t) for t in (0, π/2), EDM's ¼ ln σ. `embedding` "positional" is the paper's,
     "fourier" EDM2's with frequencies of standard deviation `fourier_scale` (in periods) drawn from `fourier_seed`; Figure 4 compares
-    them.
+    them. "edm" is computed in float64.
 
     Raises ValueError for another `embedding` or `c_noise`, and for what the embedding refuses.
     """
@@ -89,8 +89,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         if c_noise not in ("t", "edm"):
             raise ValueError(f"c_noise: expected 't' or 'edm', got {c_noise!r}")
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data: expected a positive number, got {sigma_data}")
+        check_positive("sigma_data", sigma_data)
         if embedding == "positional":
             self.embed: nn.Module = PositionalEmbedding(channels)
         elif embedding == "fourier":
@@ -102,8 +101,10 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Maybe) -> Maybe:
         if self.log_sigma_data is None:
             return self.embed(t)
-        offset = torch.full_like(dual.value_of(t), self.log_sigma_data)
-        return self.embed(dual.scale(dual.add(dual.log_tan(t), offset), 0.25))
+        # in float64: a Fourier embedding of scale 16 multiplies c's rounding by hundreds
+        log_tan = dual.log_tan(dual.cast(t, torch.float64))
+        offset = torch.full_like(dual.value_of(log_tan), self.log_sigma_data)
+        return dual.cast(self.embed(dual.scale(dual.add(log_tan, offset), 0.25)), dual.value_of(t).dtype)
 
 
 class LogVarHead(nn.Module):

@@ -55,15 +55,15 @@ class Network(nn.Module):
     def check_call(self, x: Maybe, t: Maybe, labels: Tensor | None, guidance: Tensor | None) -> None:
         """ValueError for shapes, formats or devices that do not fit, and for inputs that the network was built without."""
         x, t = value_of(x), value_of(t)
-        if tuple(x.shape[1:]) != self.shape or x.ndim != 4:
+        if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         if labels is not None and not self.labels:
             raise ValueError("labels: the network was built without a label input (labels=0)")
         if guidance is not None and not self.guidance_input:
             raise ValueError("guidance: the network was built without a guidance input (guidance_input=False)")
         check_time_dtype(t)
-        if guidance is not None and not guidance.is_floating_point():
-            raise ValueError(f"guidance: expected floating-point scales, got {guidance.dtype}")
+        if guidance is not None:
+            check_time_dtype(guidance, "guidance")  # it is embedded as a time
         for name, vector in (("t", t), ("labels", labels), ("guidance", guidance)):
             if vector is not None:
                 if vector.shape != x.shape[:1]:

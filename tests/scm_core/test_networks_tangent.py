@@ -123,7 +123,7 @@ def test_three_engines_agree(name: str, options: dict[str, Any]) -> None:
     assert size > 1e-2
     expected, jvp = by_engine(net, at, "func")
     torch.testing.assert_close(F, expected, rtol=1e-11, atol=1e-11)
-    assert (dF - jvp).abs().max() < 1e-10 * size
+    assert (dF - jvp).abs().max() < 1e-12 * size
     k = (
         1 if options.get("fourier_scale") == 16.0 else 25
     )  # the engine's step is of 6e-6: larger ones for Richardson's extrapolation
@@ -246,7 +246,7 @@ def test_no_tangent_lives_until_the_backward(name: str, checkpointing: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "tolerance"), [("bf16", torch.bfloat16, 0.1), ("fp16", torch.float16, 0.015)]
+    ("precision", "dtype", "tolerance"), [("bf16", torch.bfloat16, 0.06), ("fp16", torch.float16, 0.008)]
 )
 @pytest.mark.parametrize("norm", ["double", "adagn"])
 @pytest.mark.parametrize("name", ["edm2", "ddpmpp"])
@@ -329,7 +329,7 @@ MISUSE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"guidance_input": True},
         {"guidance": torch.ones(3, dtype=torch.int64)},
-        "guidance: expected floating-point scales, got torch.int64",
+        "guidance: expected float32 or float64, got torch.int64",
     ),
 ]
 
