@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.described import load_described, save_described
+from scm_core.nn.mlp import MLP
 from scm_core.nn.small import SmallNet
 from scm_core.nn.unet_ddpmpp import DDPMPP
 from scm_core.nn.unet_edm2 import EDM2UNet
 from scm_core.vae import VAE
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {"small": SmallNet, "edm2": EDM2UNet, "ddpmpp": DDPMPP, "vae": VAE}
+ARCHITECTURES: dict[str, type[nn.Module]] = {
+    "small": SmallNet,
+    "edm2": EDM2UNet,
+    "ddpmpp": DDPMPP,
+    "mlp": MLP,
+    "vae": VAE,
+}
 FORMAT = "scm-model-1"
 
 

@@ -185,7 +185,7 @@ def test_misuse_is_named() -> None:
         network(guidance_input=False)(x, t, labels, guidance)
     with pytest.raises(ValueError, match="resolution: must be divisible by the patch size 2, got 5"):
         SmallNet(1, 5, 0, width=8, blocks=1)
-    with pytest.raises(ValueError, match="architecture: expected one of small, edm2, ddpmpp, vae, got 'big'"):
+    with pytest.raises(ValueError, match="architecture: expected one of small, edm2, ddpmpp, mlp, vae, got 'big'"):
         build_network({**CONFIG, "architecture": "big"})
     with pytest.raises(ValueError, match=r"architecture small: .*depth"):
         build_network({**CONFIG, "depth": 3})
