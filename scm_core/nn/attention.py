@@ -48,7 +48,7 @@ def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, back
         raise ValueError(f"backend: expected 'auto', 'chunked' or 'triton', got {backend!r}")
     if not (isinstance(q, Dual) or isinstance(k, Dual) or isinstance(v, Dual)):
         return _plain(*values, key_mask)
-    tq, tk, tv = (x.tangent.detach() if isinstance(x, Dual) else None for x in (q, k, v))
+    tq, tk, tv = (x.tangent if isinstance(x, Dual) else None for x in (q, k, v))
     if backend == "auto":
         backend = "triton" if _triton_fits(values[0]) else "chunked"
     if backend == "triton":

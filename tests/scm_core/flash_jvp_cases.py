@@ -77,7 +77,7 @@ def test_output_and_tangent_equal_the_formula(shape: tuple[int, int, int, int, i
 
 @pytest.mark.parametrize("moving", [m for m in itertools.product([True, False], repeat=3) if any(m)], ids=str)
 def test_plain_tensors_beside_pairs_are_constants(moving: tuple[bool, bool, bool]) -> None:
-    values, tangents = inputs(2, 1, 18, 20, 16, torch.float32)
+    values, tangents = inputs(2, 2, 10, 20, 16, torch.float32)
     mask = normal(2, 20, seed=30) > 0
     kept = [t if m else torch.zeros_like(t) for t, m in zip(tangents, moving, strict=True)]
     arguments = [
@@ -91,11 +91,11 @@ def test_plain_tensors_beside_pairs_are_constants(moving: tuple[bool, bool, bool
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_value_has_the_gradients_of_the_formula_and_the_tangent_has_none(dtype: torch.dtype) -> None:
-    length = 20 if dtype == torch.float32 else 70  # more than one tile
-    values, tangents = inputs(2, 1, length, 43, 20, dtype)
+    heads, length = (2, 20) if dtype == torch.float32 else (1, 70)  # more than one tile
+    values, tangents = inputs(2, heads, length, 43, 20, dtype)
     mask = normal(2, 43, seed=32) > 0
     mask[1, :35] = False
-    upstream = normal(2, 1, length, 20, seed=33).to(dtype).to(F64)
+    upstream = normal(2, heads, length, 20, seed=33).to(dtype).to(F64)
     ours = [x.to(DEVICE, dtype).requires_grad_() for x in values]
     theirs = [x.clone().requires_grad_() for x in values]
     pairs = [Dual(x, t.to(DEVICE, dtype).requires_grad_()) for x, t in zip(ours, tangents, strict=True)]
