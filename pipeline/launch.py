@@ -259,7 +259,7 @@ def mark_died() -> None:
     """Has the MLflow runs of dead processes marked, by a process of its own: this one stays small."""
     if os.environ.get("SCM_TRACKING") == "off":
         return
-    command = [sys.executable, "-c", "from pipeline.tracking import replay; replay()"]
+    command = [sys.executable, "-c", "from pipeline.replay import replay; replay()"]
     try:
         subprocess.run(command, cwd=paths.root(), timeout=60, capture_output=True, check=True)
     except (subprocess.SubprocessError, OSError) as error:

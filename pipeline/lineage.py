@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SEND_SECONDS = 3.0
 FLUSH_SECONDS = 20.0
 ARTIFACT_BYTES = 20 * 2**20
+SENT = "sent"  # beside the journal: how much of it the store has, and whether the run was marked KILLED since
 
 
 def folder_of(job: paths.JobName) -> Path:
@@ -67,7 +68,7 @@ class Run:
         self._append({"event": "begin", "tags": dict(tags)})
         # Imported here and not in the thread: two threads that import large packages at once can meet half-made ones.
         try:
-            importlib.import_module("pipeline.tracking")
+            importlib.import_module("pipeline.replay")
         except ImportError as error:
             print(f"warning: MLflow cannot be imported ({error}); records stay in {self.folder}", file=sys.stderr)
             return
@@ -125,7 +126,10 @@ class Run:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(FLUSH_SECONDS)
-        self._journal.close()
+        try:
+            self._journal.close()
+        except OSError as error:  # what a full disk did not take is tried once more, and must not hide what went wrong
+            self._warn(error)
 
     def _append(self, event: dict[str, Any]) -> None:
         line = json.dumps({"time": time.time_ns() // 1_000_000, **event}, allow_nan=False) + "\n"
@@ -143,6 +147,7 @@ class Run:
 
     def _send_loop(self) -> None:
         from pipeline import tracking
+        from pipeline.replay import replay
 
         failures, replayed, ended = 0, False, False
         while not ended:
@@ -152,7 +157,7 @@ class Run:
                 tracking.send(self.folder)
                 if not replayed:
                     replayed = True
-                    tracking.replay()
+                    replay()
             except Exception as error:
                 # Whatever the store or its client throws: the journal has it all, and training goes on.
                 failures += 1
@@ -286,3 +291,26 @@ def events(journal: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def sent_bytes(folder: Path) -> int:
+    """How much of a journal the store has."""
+    return int((read_json(folder / SENT) or {"bytes": 0})["bytes"])
+
+
+def unsent(folder: Path) -> int:
+    """The bytes of whole lines that the store has not got; what a kill has cut off nobody will get."""
+    try:
+        with (folder / "journal.jsonl").open("rb") as f:
+            f.seek(sent_bytes(folder))
+            return f.read().rfind(b"\n") + 1
+    except FileNotFoundError:
+        return 0
+
+
+def died(folder: Path) -> dict[str, Any] | None:
+    """The last event of a journal that has no end, unless the run was marked KILLED since; else None."""
+    found = events(folder / "journal.jsonl")
+    if not found or found[-1]["event"] == "end" or (read_json(folder / SENT) or {}).get("killed"):
+        return None
+    return found[-1]

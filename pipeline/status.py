@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pipeline import attempts, paths, registry
@@ -110,18 +112,27 @@ def main(argv: Sequence[str]) -> int:
     if counts[DONE] < len(rows):
         cores = max(1, options.cores)
         print(f"about {duration(remaining(rows, cores))} left on {cores} core{'s' * (cores > 1)}")
-    pending = sum(
-        not is_locked(paths.lock_file(job, "run"))
-        for job in (row.job for row in rows)
-        if (paths.runs(params.scale) / ".lineage" / job.name).exists()
-    )
+    pending = sum(map(_pending, (paths.runs(params.scale) / ".lineage").glob("*/run.json")))
     if pending:
-        print(f"{pending} runs have records that the tracking store has not got: python -m pipeline status --replay")
+        words = "run has records or an end" if pending == 1 else "runs have records or an end"
+        print(f"{pending} {words} that the tracking store has not got: python -m pipeline status --replay")
     return 1 if counts[FAILED] else code
 
 
+def _pending(file: Path) -> bool:
+    """Whether the store misses something of the journal beside this run.json, and no job is about to send it."""
+    from pipeline.lineage import died, unsent
+
+    header, folder = read_json(file), file.parent
+    if header is None or not (unsent(folder) or died(folder)):
+        return False
+    job = SimpleNamespace(scale=header["scale"], name=header["job"])
+    return folder.name != header["job"] or not is_locked(paths.lock_file(job, "run"))
+
+
 def _replay() -> int:
-    from pipeline.tracking import replay, uri
+    from pipeline.replay import replay
+    from pipeline.tracking import uri
 
     try:
         lines = replay()

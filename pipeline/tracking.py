@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends journals to MLflow, and marks the runs whose process has died.
+"""Sends journals to MLflow.
 
-Only jobs and `status --replay` import this module: MLflow costs a second and a hundred megabytes.
+Only jobs and `status --replay` (`pipeline.replay`) import this module: MLflow costs a second and a hundred megabytes.
 """
 
 import contextlib
@@ -15,9 +15,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import paths
-from pipeline.files import Lock, is_locked, read_json, write_json
-from pipeline.lineage import events
-from pipeline.provenance import place
+from pipeline.files import Lock, read_json, write_json
+from pipeline.lineage import SENT, events, sent_bytes
 
 # Before MLflow is imported: nothing may reach for the network by itself, and a lost server must not hold up a job's end.
 for _name, _value in {
@@ -71,11 +70,26 @@ def _store_lock() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def sending(folder: Path) -> Iterator[None]:
+    """One sender at a time for a job: what is sent later, such as RUNNING after KILLED, has the last word."""
+    header = read_json(folder / "run.json") or {"job": folder.name}
+    job = SimpleNamespace(scale=folder.parents[1].name, name=header["job"])
+    with Lock(paths.lock_file(job, "sending")).held():
+        yield
+
+
 def send(folder: Path) -> None:
     """Sends what is new in a journal; raises whatever MLflow raises when the store cannot take it.
 
     Sending twice does no harm: a record that is sent again has the same time, step and value.
     """
+    with sending(folder):
+        send_new(folder)
+
+
+def send_new(folder: Path) -> None:
+    """`send` for a caller that holds `sending`."""
     header = read_json(folder / "run.json")
     if header is None:
         return
@@ -88,14 +102,14 @@ def send(folder: Path) -> None:
         # The database was deleted meanwhile: the journal has it all, from the first line on.
         header["mlflow_run"] = None
         write_json(folder / "run.json", header)
-        (folder / "sent").unlink(missing_ok=True)
+        (folder / SENT).unlink(missing_ok=True)
         _send_lines(folder, _create(folder, header))
 
 
 def _send_lines(folder: Path, run: str) -> None:
     journal = folder / "journal.jsonl"
     while True:
-        offset = int((read_json(folder / "sent") or {"bytes": 0})["bytes"])
+        offset = sent_bytes(folder)
         with journal.open("rb") as f:
             f.seek(offset)
             data = f.read(2**18)
@@ -103,7 +117,7 @@ def _send_lines(folder: Path, run: str) -> None:
         if not data:
             return
         _send_events(folder, run, [e for e in map(_parse, data.splitlines()) if e is not None])
-        write_json(folder / "sent", {"bytes": offset + len(data)})
+        write_json(folder / SENT, {"bytes": offset + len(data)})
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -229,8 +243,9 @@ def remove_if_sent(folder: Path) -> bool:
     """Removes the journal of an execution that ended well, once all of it has been sent."""
     journal = folder / "journal.jsonl"
     header, found = read_json(folder / "run.json"), events(journal)
-    sent = int((read_json(folder / "sent") or {"bytes": 0})["bytes"])
-    if header is None or not found or found[-1].get("status") != "FINISHED" or sent < journal.stat().st_size:
+    if header is None or not found or found[-1].get("status") != "FINISHED":
+        return False
+    if sent_bytes(folder) < journal.stat().st_size:
         return False
     _complete_record(header)
     shutil.rmtree(folder)
@@ -243,63 +258,3 @@ def _complete_record(header: dict[str, Any]) -> None:
     record = read_json(file)
     if record is not None and record.get("run") == header["run"] and record.get("mlflow_run") is None:
         write_json(file, {**record, "mlflow_run": header["mlflow_run"]})
-
-
-def replay() -> list[str]:
-    """Sends the journals of jobs that no longer run, and marks runs that died; returns a line for each.
-
-    One process at a time does this; another one that comes meanwhile returns at once.
-    """
-    lock = Lock(paths.root() / "runs" / ".replay.lock")
-    if not lock.acquire(wait=False):
-        return []
-    lines = []
-    try:
-        headers = {file.parent: read_json(file) for file in (paths.root() / "runs").glob("*/.lineage/*/run.json")}
-        known = {folder: header for folder, header in headers.items() if header is not None}
-        # Parents started before their children, so that a child finds its parent's run.
-        for folder, header in sorted(known.items(), key=lambda item: item[1]["started"]):
-            job = SimpleNamespace(scale=header["scale"], name=header["job"])
-            if folder.name == header["job"] and is_locked(paths.lock_file(job, "run")):
-                continue
-            line = _replay(folder, header)
-            if line:
-                lines.append(line)
-        lines += _mark_orphans({str(header["mlflow_run"]) for header in known.values()})
-    finally:
-        lock.release()
-    return lines
-
-
-def _replay(folder: Path, header: dict[str, Any]) -> str | None:
-    journal = folder / "journal.jsonl"
-    found = events(journal)
-    if not found:
-        return None
-    died = found[-1]["event"] != "end"
-    if died:
-        tag = {"scm.failure": "the process died without a word (killed, out of memory, or the machine went down)"}
-        with journal.open("a", encoding="utf-8") as f:
-            # The newline ends a line that the kill may have cut off.
-            f.write("\n")
-            for event in ({"event": "tag", "tags": tag}, {"event": "end", "status": "KILLED"}):
-                f.write(json.dumps({"time": found[-1]["time"], **event}) + "\n")
-    before = (read_json(folder / "sent") or {"bytes": 0})["bytes"]
-    send(folder)
-    remove_if_sent(folder)
-    after = (read_json(folder / "sent") or {"bytes": None})["bytes"]
-    if died:
-        return f"{header['run']}: marked KILLED"
-    return f"{header['run']}: sent" if after != before else None
-
-
-def _mark_orphans(known: set[str]) -> list[str]:
-    """Marks RUNNING runs of this copy of the repository that have no journal any more (runs/ was deleted)."""
-    lines = []
-    for experiment in client().search_experiments(filter_string="name LIKE 'scm-%'"):
-        query = f"attributes.status = 'RUNNING' AND tags.`scm.place` = '{place()}'"
-        for run in client().search_runs([experiment.experiment_id], query):
-            if run.info.run_id not in known:
-                client().set_terminated(run.info.run_id, "KILLED")
-                lines.append(f"{run.info.run_name}: marked KILLED (its working folder is gone)")
-    return lines

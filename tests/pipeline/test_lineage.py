@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_records_are_replayed_when_the_store_is_back(repo: Any) -> None:
         assert "records are kept" in done.err
     assert time.monotonic() - started < 60
     assert record(repo, "second")["mlflow_run"] is None
-    replayed = repo.python("from pipeline.tracking import replay; print(replay())", **ON)
+    replayed = repo.python("from pipeline.replay import replay; print(replay())", **ON)
     assert replayed.code == 0, replayed.err
     found = runs(repo)
     first, second = one(found, "first"), one(found, "second")
@@ -161,7 +162,7 @@ def test_a_locked_database_stops_nothing(repo: Any) -> None:
         database.rollback()
     assert done.code == 0
     assert (repo.root / "runs/tiny/second/size.txt").exists()
-    assert repo.python("from pipeline.tracking import replay; print(replay())", **ON).code == 0
+    assert repo.python("from pipeline.replay import replay; print(replay())", **ON).code == 0
     assert one(runs(repo), "second")["metrics"]["loss"] == [(1, 0.5), (2, 0.25)]
 
 
@@ -186,3 +187,146 @@ def test_nothing_reaches_for_the_network(repo: Any) -> None:
     )
     assert repo.run("first", "inline", **ON).code == 0
     assert not Path(repo.root / "connections").exists()
+
+
+INTERLEAVED = """
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from pipeline import lineage, manifest, params, paths, provenance, registry, replay, tracking
+from pipeline.files import Lock, read_json
+os.environ["SCM_TRACKING"] = "on"
+loaded = params.load()
+job = registry.find(loaded, "sleeper", {})
+lineage.Run._send_loop = lambda self: None  # who sends what, and when, is said below
+
+class Store:
+    '''MLflow's client, with something that happens at a chosen call.'''
+    def __init__(self, name, event, before):
+        self.true, self.name, self.event, self.before = tracking.client(), name, event, before
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            if name == self.name and self.before:
+                self.event()
+            result = getattr(self.true, name)(*args, **kwargs)
+            if name == self.name and not self.before:
+                self.event()
+            return result
+        return call
+
+def open_run(resumed=False):
+    code = {"commit": None, "dirty": None, "code": "c" * 64}
+    return lineage.open_run(job, loaded, {}, "f" * 64, code, "inline", "", resumed)
+
+def status_of(folder=lineage.folder_of(job)):
+    return tracking.client().get_run(read_json(folder / "run.json")["mlflow_run"]).info.status
+"""
+
+
+def test_a_run_that_starts_while_another_job_looks_for_dead_ones_is_left_alone(repo: Any) -> None:
+    """It starts right before the store is asked for running runs; in `creating`, MLflow's id is not in run.json yet."""
+    code = f"""{INTERLEAVED}
+        def start():
+            if not lineage.folder_of(job).exists():
+                global run
+                run = open_run()
+                tracking.send(run.folder)
+                header = read_json(run.folder / "run.json")
+                lineage.write_json(run.folder / "run.json", {{**header, "mlflow_run": None, "creating": True}})
+                ids.append(header["mlflow_run"])
+        ids = []
+        true = tracking.client()
+        tracking.scale_root("tiny")
+        replay.client = lambda: Store("search_runs", start, before=True)
+        print(replay.replay())
+        print(true.get_run(ids[0]).info.status)
+    """
+    done = repo.python(_script(code), **ON)
+    assert done.out.splitlines() == ["[]", "RUNNING"], done.err
+
+
+def test_a_run_that_ends_while_another_job_looks_for_dead_ones_stays_finished(repo: Any) -> None:
+    code = f"""{INTERLEAVED}
+        import shutil
+        run = open_run()
+        tracking.send(run.folder)
+        id = read_json(run.folder / "run.json")["mlflow_run"]
+        true = tracking.client()
+        def end():
+            if run.folder.exists():
+                true.set_terminated(id, "FINISHED")
+                shutil.rmtree(run.folder)
+        lock = Lock(paths.lock_file(job, "run"))
+        lock.acquire()
+        replay.client = lambda: Store("search_runs", end, before=False)
+        print(replay.replay())
+        print(true.get_run(id).info.status)
+    """
+    done = repo.python(_script(code), **ON)
+    assert done.out.splitlines() == ["[]", "FINISHED"], done.err
+
+
+@pytest.mark.parametrize(
+    ("when", "said"), [("before", "[]"), ("after", "['sleeper-ffffffff: marked KILLED']")], ids=["before", "after"]
+)
+def test_a_job_that_is_resumed_while_its_death_is_recorded_runs(repo: Any, when: str, said: str) -> None:
+    """Whether it begins again before or after the last look at its lock, RUNNING is what the store hears last."""
+    code = f"""{INTERLEAVED}
+        run = open_run()
+        tracking.send(run.folder)
+        lock = Lock(paths.lock_file(job, "run"))
+        again = []
+        def resume():
+            if not again:
+                lock.acquire()
+                again.append(open_run(resumed=True))
+        replay.client = lambda: Store("set_terminated", resume, before=True)
+        if {when!r} == "before":
+            true_send = replay.send_new
+            replay.send_new = lambda folder: (true_send(folder), resume())
+        print(replay.replay())
+        tracking.send(run.folder)
+        print(status_of())
+    """
+    done = repo.python(_script(code), **ON)
+    assert done.out.splitlines() == [said, "RUNNING"], done.err
+
+
+def _script(code: str) -> str:
+    """The indented part after `INTERLEAVED` at the margin."""
+    return INTERLEAVED + textwrap.dedent(code.removeprefix(INTERLEAVED))
+
+
+def test_status_claims_only_what_the_store_has_not_got(repo: Any) -> None:
+    away = {**ON, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+
+    def claim() -> str:
+        done = repo.python("from pipeline import __main__; __main__.main(['status'])")
+        return "\n".join(line for line in done.out.splitlines() if "has not got" in line)
+
+    assert repo.run("broken", "inline", **ON).code == 1
+    assert claim() == ""  # all of it was sent, though the journal stays for the attempt that goes on with it
+    assert repo.run("broken", "inline", **away).code == 1
+    assert claim().startswith("1 run has records or an end that the tracking store has not got")
+    file = repo.root / "params.yaml"
+    file.write_text(file.read_text().replace("value: 1", "value: 4"))
+    assert repo.run("broken", "inline", **ON).code == 1  # another execution: the journal of the first is renamed
+    assert repo.run("first", "inline", **ON).code == 0  # and sent and dropped by the next job, if not by this one
+    assert claim() == ""
+    assert [path.name for path in (repo.root / "runs/tiny/.lineage").iterdir()] == ["broken"]
+    statuses = [run["status"] for name, run in runs(repo).items() if name.startswith("broken")]
+    assert statuses == ["FAILED", "FAILED"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_disk_that_is_full_at_the_very_end_hides_no_reason(repo: Any) -> None:
+    """The journal's last lines find no room: what made the job fail is still what it says."""
+    (repo.root / "pipeline/stages/first.py").write_text(
+        "def run(ctx):\n"
+        "    ctx.tracker._journal = open('/dev/full', 'w', buffering=1)\n"
+        "    raise RuntimeError('the true reason')\n"
+    )
+    done = repo.run("first", "inline", **ON)
+    assert done.code == 1
+    assert "the true reason" in done.err
+    assert "records are lost" in done.err
