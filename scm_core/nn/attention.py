@@ -106,27 +106,28 @@ def chunked_tangent(q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, key_mas
     """
     heads, length, d = q.shape[1:]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    result = torch.empty(q.shape, dtype=tangent_dtype(tangents), device=q.device).flatten(0, 1)
-    parts = [None if x is None else x.flatten(0, 1) for x in (q, k, v, *tangents)]
+    result = torch.empty(q.shape, dtype=tangent_dtype(tangents), device=q.device)
+    flat = result.flatten(0, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    tq, tk, tv = (None if t is None else t.flatten(0, 1) for t in tangents)
     mask = None if key_mask is None else key_mask.repeat_interleave(heads, dim=0)[:, None, :]
-    rows, columns = min(length, BLOCK), min(k.shape[2], BLOCK)
+    rows, columns = min(length, BLOCK), min(k.shape[1], BLOCK)
     step = max(1, TILE // (rows * columns))
-    for n in range(0, len(result), step):
-        q_n, k_n, v_n, tq_n, tk_n, tv_n = (None if x is None else x[n : n + step] for x in parts)
-        mask_n = None if mask is None else mask[n : n + step]
+    for n in range(0, len(flat), step):
+        some = slice(n, n + step)
         for i in range(0, length, rows):
             at = slice(i, i + rows)
-            result[n : n + step, at] = _tangent_of_rows(
-                q_n[:, at].to(wide) / math.sqrt(d),
-                k_n,
-                v_n,
-                None if tq_n is None else tq_n[:, at].to(wide) / math.sqrt(d),
-                tk_n,
-                tv_n,
-                mask_n,
+            flat[some, at] = _tangent_of_rows(
+                q[some, at].to(wide) / math.sqrt(d),
+                k[some],
+                v[some],
+                None if tq is None else tq[some, at].to(wide) / math.sqrt(d),
+                None if tk is None else tk[some],
+                None if tv is None else tv[some],
+                None if mask is None else mask[some],
                 columns,
             )
-    return result.view(q.shape)
+    return result
 
 
 def _tangent_of_rows(

@@ -24,6 +24,9 @@ them, takes back exactly. A tangent of dtype float16 still has to fit: ẏ beyon
 Importing this module needs triton. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the import).
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (the arguments of a kernel are pointers and numbers of Triton's own language)
+
 import contextlib
 import math
 from typing import Any
