@@ -50,7 +50,7 @@ def network_config(slot: Slot, size: str) -> dict[str, Any]:
     """What `build_network` makes a teacher of the slot from."""
     assert slot.vae is not None
     return {
-        **slot.sizes[size].network.model_dump(),
+        **slot.sizes[size].network.config(slot.sigma_data),
         "channels": slot.vae.latent_channels,
         "resolution": slot.dataset.resolution // VAE_DOWNSAMPLING,
         "labels": slot.dataset.labels,

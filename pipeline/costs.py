@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.params import Slot
-from pipeline.sections import BasicTraining, SmallNetwork, Training
+from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
 # Seconds per image, per (width² · blocks) of the small network, of one teacher iteration; two jobs at a time on two cores.
@@ -51,13 +51,12 @@ def _resources(seconds: float, bytes: float, memory_mb: int = 3000) -> Resources
     return Resources(1, memory_mb, 0, minutes, round(START + seconds, 1), int(bytes))
 
 
-def _weights(network: SmallNetwork) -> float:
-    """Bytes of the network in float32: two 3×3 convolutions and the embedding's parts in each block."""
-    return 4 * 28 * network.width**2 * network.blocks
+def _work(slot: Slot, axes: Mapping[str, str]) -> float:
+    return slot.sizes[axes["size"]].network.work(slot.item_resolution)
 
 
-def _unit(network: SmallNetwork) -> float:
-    return network.width**2 * network.blocks
+def _bytes(slot: Slot, axes: Mapping[str, str]) -> float:
+    return 2 * 4 * slot.sizes[axes["size"]].network.weights()  # float32, and as much again for what lies beside it
 
 
 def _images(training: Training | BasicTraining) -> int:
@@ -94,15 +93,15 @@ def reference(slot: Slot, axes: Mapping[str, str]) -> Resources:
 
 def teacher(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training a teacher."""
-    network, training = slot.sizes[axes["size"]].network, slot.teacher_for(axes["size"])
-    return _resources(TEACHER * _images(training) * _unit(network), 2 * _weights(network))
+    training = slot.teacher_for(axes["size"])
+    return _resources(TEACHER * _images(training) * _work(slot, axes), _bytes(slot, axes))
 
 
 def student(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training a student."""
-    network, training = slot.sizes[axes["size"]].network, slot.student_for(axes["size"], axes["method"])
+    training = slot.student_for(axes["size"], axes["method"])
     factor = STUDENT[training.method] + (GUIDED if training.guidance else 0)
-    return _resources(factor * TEACHER * _images(training) * _unit(network), 2 * _weights(network))
+    return _resources(factor * TEACHER * _images(training) * _work(slot, axes), _bytes(slot, axes))
 
 
 def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
@@ -116,7 +115,7 @@ def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
         student = slot.student_for(axes["size"], method)
         forwards, points, reported = sum(student.steps), len(plan.guidance) if student.guidance else 1, 1
     images = points * plan.select_samples + reported * plan.samples
-    seconds = FORWARD * _unit(slot.sizes[axes["size"]].network) * forwards * images + 2e-3 * images
+    seconds = FORWARD * _work(slot, axes) * forwards * images + 2e-3 * images
     return _resources(seconds, 1 * MB)
 
 

@@ -15,13 +15,13 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ParamsError, suggestion
+from pipeline.networks import Network
 from pipeline.sections import (
     Dataset,
     Evaluation,
     Features,
     Figure2,
     Model,
-    Network,
     Positive,
     Seed,
     TeacherTraining,
@@ -31,7 +31,6 @@ from pipeline.sections import (
 from pipeline.students import UNGUIDED, Student, StudentTraining
 
 VAE_DOWNSAMPLING = 4  # the VAE halves each side twice: 32×32 images to 8×8 latents
-SMALL_DOWNSAMPLING = 2  # the small network starts with one pixel-unshuffle
 
 # Names become folders, wildcards of Snakemake, stage names of DVC and words of a command line.
 ScaleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=32)]
@@ -77,10 +76,6 @@ class Slot(Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Slot:
-        unit = SMALL_DOWNSAMPLING * (VAE_DOWNSAMPLING if self.vae else 1)
-        if self.dataset.resolution % unit:
-            what = "the VAE and the small network" if self.vae else "the small network"
-            raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
         if "teacher" in self.students:
             raise problem("students.teacher", "is the name of the teacher itself: give the student another one")
         for name in self.sizes:
@@ -93,6 +88,7 @@ class Slot(Model):
 
     def _check_size(self, size: str) -> None:
         teacher, grid = self.teacher_for(size), self.evaluation.guidance
+        self._check_network(size)
         if teacher.label_dropout > 0 and not self.dataset.labels:
             raise problem("teacher.label_dropout", "must be 0 for a dataset without labels")
         for method in self.students:
@@ -117,6 +113,23 @@ class Slot(Model):
                     f"must stay within the range {[low, high]} that {method} of size {size} is trained on, "
                     f"got {list(grid)}",
                 )
+
+    def _check_network(self, size: str) -> None:
+        network = self.sizes[size].network
+        unit = network.downsampling * (VAE_DOWNSAMPLING if self.vae else 1)
+        if self.dataset.resolution % unit:
+            what = f"{'the VAE and ' if self.vae else ''}the network of size {size} ({network.architecture})"
+            raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
+        sections = {"teacher": self.teacher_for(size)}
+        sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
+        for key, section in sections.items():
+            if section.dropout_resolution is not None and network.architecture == "small":
+                raise problem(f"{key}.dropout_resolution", "must be null for a small network, which has one resolution")
+
+    @property
+    def item_resolution(self) -> int:
+        """The side of what networks are trained on: pixels, or latents."""
+        return self.dataset.resolution // (VAE_DOWNSAMPLING if self.vae else 1)
 
     def teacher_for(self, size: str) -> TeacherTraining:
         """Teacher training of one size, its overrides merged in."""

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import ParamsError, suggestion
 from pipeline.models import Params, Scale, Size, Slot
+from pipeline.networks import Network, SmallNetwork
 from pipeline.sections import (
     BasicTraining,
     Dataset,
@@ -27,8 +28,6 @@ from pipeline.sections import (
     Figure2,
     InverseSqrtDecay,
     LinearDecay,
-    Network,
-    SmallNetwork,
     TeacherSampling,
     TeacherTraining,
     Training,

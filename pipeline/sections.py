@@ -131,6 +131,8 @@ class Training(Model):
     ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)]
     """Relative width of the power-function EMA; 0.2887 would be the plain average (γ = 0)."""
     dropout: Probability
+    dropout_resolution: Count | None
+    """Blocks of a higher resolution have no dropout; null: all have it."""
     logvar_lr: Positive
     """Learning rate of the adaptive weighting head."""
     log_every: Count
@@ -147,21 +149,8 @@ class TeacherTraining(Training):
     """Probability of hiding the label, which trains the unconditional model that guidance needs."""
 
 
-class SmallNetwork(Model):
-    architecture: Literal["small"]
-    """One level after a pixel-unshuffle, no attention."""
-    width: Count
-    """Channels."""
-    blocks: Count
-    """Residual blocks."""
-
-
-# A union with one member for now: further architectures become members, told apart by `architecture`.
-Network = SmallNetwork
-
-
 class TeacherSampling(Model):
-    solver: Literal["heun", "ddim"]
+    solver: Literal["heun", "ddim", "dpm2m", "dpmpp2m"]
     steps: Annotated[int, Field(ge=2, le=10_000)]
     """Time steps n; Heun's method evaluates the network 2n − 1 times."""
 

@@ -26,7 +26,8 @@ def run(ctx: Context) -> None:
     data = load_data(ctx)
     teacher = load_model(ctx.inputs["teacher"] / MODEL)
     torch.manual_seed(derive_seed(seed, "init"))  # of the guidance input; the rest is the teacher's
-    net, config = student_of(teacher, guidance_input=wanted.guidance is not None, dropout=wanted.dropout)
+    dropout = slot.sizes[size].network.dropout(wanted)
+    net, config = student_of(teacher, guidance_input=wanted.guidance is not None, **dropout)
     method = METHODS[wanted.method](net, teacher.net, slot.sigma_data, data.shape, **wanted.options())
     settings = train_settings(wanted, seed)
     guidance = 1.0 if wanted.guidance else None

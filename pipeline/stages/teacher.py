@@ -20,12 +20,13 @@ def run(ctx: Context) -> None:
     wanted = slot.teacher_for(size)
     seed = derive_seed(ctx.scale.seed, ctx.job.name)
     data = load_data(ctx)
+    network = slot.sizes[size].network
     config = {
-        **slot.sizes[size].network.model_dump(),
+        **network.config(slot.sigma_data),
+        **network.dropout(wanted),
         "channels": data.shape[0],
         "resolution": data.shape[1],
         "labels": slot.dataset.labels,
-        "dropout": wanted.dropout,
     }
     torch.manual_seed(derive_seed(seed, "init"))
     net = build_network(config)

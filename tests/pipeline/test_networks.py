@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks' sections and the library's architectures: the same names, the same arguments."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.networks import Network
+from pipeline.sections import TeacherTraining
+from scm_core.nn.build import ARCHITECTURES, build_network, count_parameters
+from scm_core.nn.unet_edm2 import WIDTHS
+
+UNET = {"embedding": "positional", "c_noise": "t", "checkpointing": False, "precision": "fp32"}
+EDM2 = {
+    **UNET, "architecture": "edm2", "width": 192, "multipliers": [1, 2, 3, 4], "blocks": 3, "attention_resolutions": [16, 8],
+    "head_channels": 64, "norm": "double",
+}  # fmt: skip
+DDPMPP = {
+    **UNET, "architecture": "ddpmpp", "width": 128, "multipliers": [2, 2, 2], "blocks": 4, "attention_resolutions": [16],
+    "noise_channels": 256, "norm": "double",
+}  # fmt: skip
+SMALL = {"architecture": "small", "width": 64, "blocks": 5}
+FROM_ELSEWHERE = {"channels", "resolution", "labels", "guidance_input", "dropout", "dropout_resolution", "sigma_data"}
+DATA = {"small": (4, 8), "edm2": (4, 64), "ddpmpp": (3, 32)}
+TRAINING = TeacherTraining.model_construct(dropout=0.1, dropout_resolution=16)
+
+
+def section(data: dict[str, Any]) -> Any:
+    return TypeAdapter(Network).validate_python(data)
+
+
+@pytest.mark.parametrize("data", [SMALL, EDM2, DDPMPP], ids=["small", "edm2", "ddpmpp"])
+def test_the_library_takes_what_a_section_says(data: dict[str, Any]) -> None:
+    network = section(data)
+    channels, resolution = DATA[network.architecture]
+    config = {
+        **network.config(0.5),
+        **network.dropout(TRAINING),
+        "channels": channels,
+        "resolution": resolution,
+        "labels": 10,
+    }
+    with torch.device("meta"):
+        net = build_network(config)
+    assert count_parameters(net) == pytest.approx(network.weights(), rel=0.15)
+    assert not resolution % network.downsampling
+    arguments = set(inspect.signature(ARCHITECTURES[network.architecture]).parameters) - FROM_ELSEWHERE
+    # the seed of Fourier features is no setting; the small network's patch is the one that `downsampling` says
+    assert arguments - {"fourier_seed", "patch"} == set(type(network).model_fields) - {"architecture"}
+
+
+def test_work_grows_as_the_networks_of_the_paper_do() -> None:
+    """Table 2 of EDM2: XS to XXL cost 46, 102, 181, 282, 406, 552 gigaflops per evaluation at 64 × 64."""
+    cost = [section({**EDM2, "width": width}).work(64) for width in WIDTHS.values()]
+    published = [46, 102, 181, 282, 406, 552]
+    assert [c / cost[0] for c in cost] == pytest.approx([p / published[0] for p in published], rel=0.05)
+
+
+@pytest.mark.parametrize("change", [{"embedding": "fourier"}, {"fourier_scale": 16.0}])
+def test_the_scale_of_fourier_features_belongs_to_them(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="for embedding"):
+        section({**EDM2, **change})
+    assert section({**EDM2, "embedding": "fourier", "fourier_scale": 16.0}).config(0.5)["fourier_scale"] == 16.0
