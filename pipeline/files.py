@@ -3,11 +3,14 @@
 
 import contextlib
 import fcntl
+import getpass
 import hashlib
 import json
 import os
 import socket
+import struct
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -87,6 +90,8 @@ class Lock:
         try:
             fcntl.lockf(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
+            if self.path not in self._held:
+                self.release()
             return False
         self._held.add(self.path)
         return True
@@ -108,17 +113,40 @@ class Lock:
             self.release()
 
 
+# struct flock of the C library: type, whence, start, length and (for the answer) owner.
+_FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi0q"
+
+
 def is_locked(path: Path) -> bool:
-    """Whether this or another process holds the lock on `path`."""
+    """Whether this or another process holds the lock on `path`, shared or exclusive.
+
+    The kernel is asked, the lock is not taken: a job that wants it at this moment gets it.
+    """
     if path in Lock._held:
         return True
-    if not path.exists():
-        return False
-    lock = Lock(path)
     try:
-        return not lock.acquire(wait=False)
-    finally:
-        lock.release()
+        # Not a file that this process has locked: closing any descriptor of one would drop the lock.
+        with path.open("rb") as f:
+            answer = fcntl.fcntl(f, fcntl.F_GETLK, struct.pack(_FLOCK, *_whole_file(fcntl.F_WRLCK)))
+    except FileNotFoundError:
+        return False
+    return _lock_type(struct.unpack(_FLOCK, answer)) != fcntl.F_UNLCK
+
+
+def _whole_file(kind: int) -> tuple[int, ...]:
+    return (0, 0, 0, kind, os.SEEK_SET) if sys.platform == "darwin" else (kind, os.SEEK_SET, 0, 0, 0)
+
+
+def _lock_type(fields: tuple[int, ...]) -> int:
+    return fields[3] if sys.platform == "darwin" else fields[0]
+
+
+def user() -> str:
+    """The user's name; the number where the system has no name for it (a container with a foreign uid)."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def host() -> str:

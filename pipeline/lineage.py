@@ -7,7 +7,6 @@ still there: it is sent at the end of the job, by the next job, or by `python -m
 also holds the MLflow run's id (run.json), which a resumed job goes on with; it is removed when all has been sent.
 """
 
-import getpass
 import importlib
 import json
 import math
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths
-from pipeline.files import host, read_json, sha256_file, write_json
+from pipeline.files import host, read_json, sha256_file, user, write_json
 from pipeline.provenance import place, shown_params
 
 if TYPE_CHECKING:
@@ -253,7 +252,7 @@ def _header(job: "Job", params: "Params", inputs: Mapping[str, manifest.Input], 
             "mlflow.runName": run,
             "mlflow.source.name": job.command,
             "mlflow.source.type": "JOB",
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": user(),
             "scm.run": run,
             "scm.scale": job.scale,
             "scm.stage": job.stage,

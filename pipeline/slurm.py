@@ -6,7 +6,6 @@ comes from the registry. `squeue` is asked instead of `sacct`, as many clusters 
 """
 
 import contextlib
-import getpass
 import io
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import paths
 from pipeline.backends import Ticket, prepare
 from pipeline.errors import PipelineError, suggestion
-from pipeline.files import Lock, host, read_json, write_json
+from pipeline.files import Lock, host, read_json, user, write_json
 from pipeline.publish import exit_note
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class Slurm:
             return jobs
 
     def _ask(self) -> dict[str, dict[str, str]] | None:
-        command = ["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%N|%r|%j"]
+        command = ["squeue", "-h", "-r", "-t", "all", "-u", user(), "-o", "%i|%T|%N|%r|%j"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
         except (subprocess.SubprocessError, FileNotFoundError):
