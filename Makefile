@@ -28,7 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## train teachers and students on a small data set, draw Table 2 and Figure 2 (SCALE=smoke: a 2-minute version)
 	@$(RUN) python -m pipeline watch -- snakemake --profile cluster/local $(RESULTS) $(if $(SCALE),--config scale=$(SCALE))
 	@$(RUN) python tools/show_table.py reports/table2.csv
-	@printf '\n%s\n' "Table 2: reports/table2.md (and .csv)   samples: reports/figure2.png   runs: mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@printf '\n%s\n' "Table 2: reports/table2.md (and .csv)   samples: reports/figure2.png   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 
 test: $(STAMP) ## all tests, the slow ones too (ARGS="-m 'not slow'" for the quick ones)
 	@$(RUN) python -m pytest $(ARGS)

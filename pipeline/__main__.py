@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`… | head`): nothing is left to say, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        from pipeline.publish import explain
+
+        print(f"error: {explain(error, f'{arguments[0]}:')}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -127,6 +127,8 @@ def tools() -> Iterator[Check]:
     """Programs beside Python."""
     git = shutil.which("git")
     yield Check("git", git is not None, git or "", "install git: without it no commit can be recorded")
+    if git:
+        yield _commit(git)
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     yield Check(
         "C compiler",
@@ -148,6 +150,19 @@ def tools() -> Iterator[Check]:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check("processors", True, f"{threads}")
     yield _gpu()
+
+
+def _commit(git: str) -> Check:
+    """The commit can be read: git refuses it in a folder that belongs to somebody else."""
+    root = paths.root()
+    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Check("git commit", True, done.stdout.strip()[:10])
+    if not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return Check("git commit", False, "not a git checkout", "runs will name no commit; clone it", optional=True)
+    words = " ".join(done.stderr.split()).removeprefix("fatal: ")
+    remedy = f"git config --global --add safe.directory {root}" if "dubious" in words else "see the message of git"
+    return Check("git commit", False, f"git rev-parse HEAD: {words[:200]}", f"{remedy}; until then runs name no commit")
 
 
 def _gpu() -> Check:
@@ -174,7 +189,11 @@ def folders() -> Iterator[Check]:
         )
     runs = root / "runs"
     free = shutil.disk_usage(runs if runs.exists() else root).free / 1e9
-    remedy = f"free some: the demo writes up to {NEEDED_GB:.0f} GB (make clean, or point runs/ at another disk)"
+    remedy = (
+        f"free some, the demo writes up to {NEEDED_GB:.0f} GB: remove runs/<scale> of a scale you are done with, "
+        "runs/<scale>/.work/*.stale-* (checkpoints that were set aside), what DVC keeps besides (dvc gc --workspace), "
+        "or link runs/ to another disk"
+    )
     yield Check("disk space", free >= NEEDED_GB, f"{free:.1f} GB free", remedy)
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -42,20 +42,26 @@ class JobEntry:
         from pipeline.errors import PipelineError
         from pipeline.files import Lock
 
-        loaded = params.load(paths.root() / params.PARAMS_FILE, self.scale)
-        job = registry.find(loaded, self.stage, dict(self.axes))
-        _redirect(str(paths.log_file(job)), f"--- {job.name}, attempt {self.attempt}, {time.strftime('%F %T')}")
-        lock = Lock(paths.lock_file(job, "run"))
+        # By name, not looked up: params.yaml may have become invalid, or lost the job, since it was submitted.
+        name = SimpleNamespace(scale=self.scale, name="-".join((self.stage, *(value for _, value in self.axes))))
+        _redirect(str(paths.log_file(name)), f"--- {name.name}, attempt {self.attempt}, {time.strftime('%F %T')}")
+        lock = Lock(paths.lock_file(name, "run"))
         if not lock.acquire(wait=False):
-            execute.note(job, self.attempt, "error", f"{job.name}: is already running ({execute.holder(job)})")
+            execute.note(name, self.attempt, "error", f"{name.name}: is already running ({execute.holder(name)})")
             sys.exit(1)
         try:
+            try:
+                loaded = params.load(paths.root() / params.PARAMS_FILE, self.scale)
+                job = registry.find(loaded, self.stage, dict(self.axes))
+            except PipelineError as error:
+                execute.note(name, self.attempt, "error", f"{name.name}: {error}")
+                raise
             execute.run_stage(job, loaded, self.launcher, self.attempt, job_id, expected=self.fingerprint)
         except PipelineError as error:
             print(f"error: {error}", flush=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            print(f"{job.name}: cancelled", flush=True)
+            print(f"{name.name}: cancelled", flush=True)
             sys.exit(130)
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> "DelayedSubmission":

@@ -45,7 +45,7 @@ def execute(job: "Job", params: "Params", launcher: str = "inline", show: bool =
         lock.release()
 
 
-def holder(job: "Job") -> str:
+def holder(job: paths.JobName) -> str:
     """Who runs the job, for messages."""
     process = read_json(paths.job_folder(job) / "process.json") or {}
     return f"process {process.get('pid', '?')} on {process.get('host', '?')}"
@@ -228,7 +228,7 @@ def _log_traceback(job: "Job") -> None:
         print(f"warning: cannot write {paths.relative(paths.log_file(job))}: {error.strerror}", file=sys.stderr)
 
 
-def note(job: "Job", attempt: str, status: str, message: str) -> None:
+def note(job: paths.JobName, attempt: str, status: str, message: str) -> None:
     """Leaves word of how an attempt ended, for whoever waits."""
     file = paths.job_folder(job) / publish.EXIT
     value: dict[str, Any] = {"attempt": attempt, "status": status, "message": message, "time": time.time()}

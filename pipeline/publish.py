@@ -131,9 +131,11 @@ def explain(error: OSError, start: str) -> str:
     """An operating system's error as one sentence with a remedy."""
     import errno
 
-    where = f" {paths.relative(Path(os.fsdecode(error.filename)))}" if isinstance(error.filename, str | bytes) else ""
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    where = f" {paths.relative(named)}" if named else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(paths.root()).free / 2**20
+        disk = next((folder for folder in (named.parents if named else ()) if folder.exists()), Path.cwd())
+        free = shutil.disk_usage(disk).free / 2**20
         return f"{start}{where}: no space left ({free:.0f} MB free); free some, then run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{start}{where}: {error.strerror}; make it writable for this user, then run the same command again"

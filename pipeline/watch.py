@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
             )
         except FileNotFoundError:
             raise PipelineError(f"watch: {command[0]}: no such command; is the environment activated?") from None
+        except OSError as error:  # no permission, no program
+            raise PipelineError(f"watch: {command[0]}: cannot be run: {error.strerror}; name a program") from None
         with _passing_on_signals(engine), shown:
             while engine.poll() is None:
                 shown.show()

@@ -82,6 +82,25 @@ def test_outside_the_repository(cli: Cli, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("watch", "--", "true"), "error: watch: runs/.logs: "),
+        (("watch", "--", "./params.yaml"), "error: watch: ./params.yaml: cannot be run: Permission denied"),
+        (("trace", "runs/x.csv", "1"), "error: trace: runs/x.csv: Not a directory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(
+    cli: Cli, tmp_path: Path, command: tuple[str, ...], words: str
+) -> None:
+    if "true" in command or "trace" in command:
+        (tmp_path / "runs").write_text("a file where a folder belongs")
+    done = cli(*command)
+    assert done.returncode == 2
+    assert done.stderr.startswith(words), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     text = capsys.readouterr().out

@@ -306,6 +306,29 @@ def test_ctrl_c_inline(repo: Any) -> None:
     assert not (repo.root / "runs/tiny/sleeper").exists()
 
 
+@pytest.mark.parametrize("fault", ["params.yaml: scale: unknown", "first: unknown stage"])
+def test_a_queued_job_whose_parameters_became_invalid_leaves_word(repo: Any, fault: str) -> None:
+    """params.yaml is read again where the job runs: what is wrong with it by then is told to whoever waits."""
+    module, name, error = (
+        ("params", "load", "ParamsError") if fault.startswith("params") else ("registry", "find", "RegistryError")
+    )
+    with (repo.root / f"pipeline/{module}.py").open("a") as file:
+        file.write(
+            f"\nfrom pipeline.errors import {error}\ndef {name}(*args, **kwargs):\n    raise {error}({fault!r})\n"
+        )
+    done = repo.python(
+        f"""
+        from pipeline.entry import JobEntry
+        JobEntry({str(repo.root)!r}, "tiny", "first", (), "0" * 64, "an-attempt", "inline")()
+        """
+    )
+    assert done.code == 1
+    note = json.loads((repo.work / "first/exit.json").read_text())
+    assert (note["attempt"], note["status"]) == ("an-attempt", "error")
+    assert note["message"] == f"first: {fault}"
+    assert f"error: {fault}" in (repo.root / "runs/tiny/.logs/first.log").read_text()
+
+
 def test_the_repository_root(repo: Any) -> None:
     code = "from pipeline import paths; print(paths.root())"
     (repo.root / "deep/er").mkdir(parents=True)

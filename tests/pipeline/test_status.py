@@ -196,6 +196,20 @@ def test_doctor(repo: Any) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_doctor_reads_the_commit(repo: Any) -> None:
+    assert re.search(r"optional +git commit: not a git checkout", command(repo, "doctor", "--quick").stdout)
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=t", "-c", "user.email=t@x.invalid", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", *words], cwd=repo.root, check=True)
+    assert re.search(r"ok +git commit: [0-9a-f]{10}\n", command(repo, "doctor", "--quick").stdout)
+    others = command(repo, "doctor", "--quick", GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
+    assert others.returncode == 1
+    assert re.search(r"missing +git commit: git rev-parse HEAD: .*dubious ownership", others.stdout)
+    assert f"git config --global --add safe.directory {repo.root}" in others.stdout
+
+
 def test_doctor_on_this_installation() -> None:
     here = Path(__file__).resolve().parents[2]
     done = subprocess.run(
