@@ -13,6 +13,7 @@ from pipeline.context import Context
 from pipeline.files import read_json, write_json
 from pipeline.generation import noise_of, samples, student_of_job
 from pipeline.modelling import CLASSIFIER_FILE, MODEL, load_decoder
+from scm_core.data import set_name
 from scm_core.evaluate import load_reference
 from scm_core.evaluate.extractors import CLASSIFIER, create_extractor
 from scm_core.evaluate.protocol import evaluate, extract
@@ -87,7 +88,8 @@ class Evaluator:
         self.model: Model = load_model(ctx.inputs["student" if self.student else "teacher"] / MODEL)
         self.decode = load_decoder(ctx)
         self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / CLASSIFIER_FILE)
-        self.reference = load_reference(ctx.inputs["reference"], self.extractor.identity, ctx.slot.dataset.source)
+        data = set_name(ctx.slot.dataset.source, ctx.slot.dataset.resolution)
+        self.reference = load_reference(ctx.inputs["reference"], self.extractor.identity, data)
         self.steps = self.student.steps if self.student else (self.how.teacher.steps,)
         guidable = self.model.config["guidance_input"] if self.student else ctx.slot.dataset.labels > 0
         self.grid = self.how.guidance if guidable else None

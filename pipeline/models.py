@@ -8,6 +8,7 @@ a file into these models; the sections that they are made of are in `pipeline.se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,8 @@ from pipeline.sections import (
 )
 from pipeline.students import UNGUIDED, Student, StudentTraining
 
+SIGMA_MAX = 80.0  # that of scm_core.trigflow, where every sampler starts
+FEATURES_RESOLUTION = 8  # the smallest images that scm_core.evaluate.classifier takes
 VAE_DOWNSAMPLING = 4  # the VAE halves each side twice: 32×32 images to 8×8 latents
 
 # Names become folders, wildcards of Snakemake, stage names of DVC and words of a command line.
@@ -80,6 +83,14 @@ class Slot(Model):
             raise problem("students.teacher", "is the name of the teacher itself: give the student another one")
         for name in self.sizes:
             self._check_size(name)
+        side = self.dataset.resolution
+        if side < FEATURES_RESOLUTION or side & (side - 1):
+            what = f"a power of two of at least {FEATURES_RESOLUTION} for the classifier that makes the features"
+            raise problem("dataset.resolution", f"must be {what}, got {side}")
+        t_max = math.atan(SIGMA_MAX / self.sigma_data)
+        if self.evaluation.t_mid >= t_max:
+            what = f"before the first step at arctan({SIGMA_MAX:g}/sigma_data) = {t_max:.6g}"
+            raise problem("evaluation.t_mid", f"must come {what}, got {self.evaluation.t_mid:g}")
         if self.figure2:
             wrong = [label for label in self.figure2.labels if label >= max(1, self.dataset.labels)]
             if wrong:

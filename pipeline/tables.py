@@ -47,11 +47,10 @@ def read_evaluation(folder: Path) -> tuple[pd.DataFrame, dict]:
     return sweep[sweep.phase == REPORT], json.loads((folder / FACTS).read_text())
 
 
-def best_guidance(folder: Path, steps: int | None = None) -> float | None:
-    """The scale that an evaluation selected for its sampler of `steps` steps (the only one if None); None for an unguided model."""
+def best_guidance(folder: Path, steps: int) -> float | None:
+    """The scale that an evaluation selected for its sampler of `steps` steps; None for an unguided model."""
     points, _ = read_evaluation(folder)
-    if steps is not None:
-        points = points[points.steps == steps]
+    points = points[points.steps == steps]
     scale = points.guidance.max() if points.guidance.nunique() <= 1 else points[points.guidance != 1.0].guidance.max()
     return None if pd.isna(scale) else float(scale)
 
@@ -66,7 +65,7 @@ def our_rows(folder: Path, size: str, method: str, scale: str) -> list[dict[str,
             group if method == "teacher" else group[group.guidance.isna() if best is None else group.guidance == best]
         )
         for point in kept.sort_values("guidance").itertuples():
-            guided_teacher = method == "teacher" and point.guidance != 1.0
+            guided_teacher = method == "teacher" and not pd.isna(point.guidance) and point.guidance != 1.0
             rows.append(
                 {
                     "section": f"Ours, scale {scale}: {SECTIONS[method]}",

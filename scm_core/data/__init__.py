@@ -4,7 +4,7 @@
 from scm_core.data.images import from_uint8, load_images, save_images, to_uint8
 from scm_core.data.latents import LatentStore, encode_images, latent_store, load_latents, save_latents
 from scm_core.data.sampler import BatchOrder
-from scm_core.data.sources import SOURCES, ImageSet, load_source
+from scm_core.data.sources import SOURCES, ImageSet, load_source, set_name
 
 __all__ = [
     "SOURCES",
@@ -19,5 +19,6 @@ __all__ = [
     "load_source",
     "save_images",
     "save_latents",
+    "set_name",
     "to_uint8",
 ]

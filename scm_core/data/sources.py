@@ -62,6 +62,15 @@ def array_digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def set_name(source: str, resolution: int) -> str:
+    """Return the name of the image set that `load_source(source, resolution)` gives: digits, or digits-4 below its own
+    resolution. Raises `ValueError` for an unknown source.
+    """
+    if source not in NATIVE:
+        raise ValueError(f"unknown image source {source!r}: known are {', '.join(sorted(NATIVE))}")
+    return source if resolution == NATIVE[source] else f"{source}-{resolution}"
+
+
 def load_source(source: str, resolution: int | None = None) -> ImageSet:
     """Return the whole image set `source` ("mnist5k", "digits") at `resolution` (its own if None), in the set's own
     fixed order.
@@ -79,7 +88,7 @@ def load_source(source: str, resolution: int | None = None) -> ImageSet:
     if resolution < 1 or native % resolution:
         raise ValueError(f"source {source}: resolution must divide {native}, got {resolution}")
     pooled = torch.nn.functional.avg_pool2d(image_set.images.double(), native // resolution)
-    return ImageSet(pooled.round().to(torch.uint8), image_set.labels, f"{image_set.name}-{resolution}")
+    return ImageSet(pooled.round().to(torch.uint8), image_set.labels, set_name(source, resolution))
 
 
 def mnist5k() -> ImageSet:
@@ -124,3 +133,4 @@ def _checked(image_set: ImageSet, per_class: int | None = None) -> ImageSet:
 
 
 SOURCES: dict[str, Callable[[], ImageSet]] = {"mnist5k": mnist5k, "digits": digits}
+NATIVE = {"mnist5k": 32, "digits": 8}  # the resolution of each, known without reading it

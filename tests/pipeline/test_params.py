@@ -2,15 +2,19 @@
 """params.yaml: what is read, what is refused, and in which words."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.params import ParamsError, load, schema
+from pipeline.params import ParamsError, load, read_yaml, schema, validate
+from scm_core.evaluate.classifier import Classifier
+from scm_core.trigflow import t_max
 
 ROOT = Path(__file__).resolve().parents[2]
 # Without what the sizes are tuned to: their overrides are the tests' own.
@@ -134,6 +138,8 @@ def test_an_integer_stands_for_a_float(write: Write) -> None:
         (r"guidance: \[1\.0, (?=1)", "guidance: [", f"{SLOT}.evaluation.guidance", "must contain 1.0"),
         (r"solver: heun", "solver: hun", f"{SLOT}.evaluation.teacher.solver", "must be 'heun', 'ddim', 'dpm2m' or"),
         (r"t_mid: \S+", "t_mid: 1.6", f"{SLOT}.evaluation.t_mid", "must be less than 1.5708"),
+        (r"t_mid: \S+", "t_mid: 1.5646", f"{SLOT}.evaluation.t_mid", "must come before the first step at arctan(80/sigma_data) = 1.56455"),
+        (r"sigma_data: 0.5 ", "sigma_data: 200.0 ", f"{SLOT}.evaluation.t_mid", "= 0.380506, got "),
         (r"labels: \[0, 1,", "labels: [10, 1,", f"{SLOT}.figure2.labels", "must be below dataset.labels (10), got 10"),
         (r"resolution: 32", "resolution: 4", f"{SLOT}.dataset.resolution", "must divide by 8"),
         (r"resolution: 32", "resolution: 33", f"{SLOT}.dataset.resolution", "must divide 32"),
@@ -150,6 +156,43 @@ def test_the_first_fault_is_named(write: Write, pattern: str, replacement: str, 
     text = sentence(write(edit(pattern, replacement)))
     assert text.startswith(f"params.yaml: {key}: "), text
     assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("source", "side"), [("digits", 4), ("digits", 8), ("mnist5k", 4), ("mnist5k", 8), ("mnist5k", 16)]
+)
+def test_a_resolution_is_refused_where_the_classifier_refuses_it(source: str, side: int) -> None:
+    """Before anything is trained: the library's own rule is the oracle."""
+    data = pixel_slot(source, side)
+    try:
+        Classifier(resolution=side)
+    except ValueError:
+        with pytest.raises(
+            ParamsError, match=r"pixel_cond\.dataset\.resolution: must be a power of two of at least 8 "
+        ):
+            validate(data)
+    else:
+        assert validate(data).active.slots["pixel_cond"].dataset.resolution == side
+
+
+def pixel_slot(source: str, side: int) -> dict[str, Any]:
+    """The parameters with a pixel slot of labelled images beside the latent one."""
+    data = read_yaml(ROOT / "params.yaml")
+    slots = data["scales"]["demo"]["slots"]
+    slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
+    slots["pixel_cond"] = {**slot, "dataset": {"source": source, "resolution": side, "channels": 1, "labels": 10}}
+    return data
+
+
+def test_the_first_time_of_sampling_is_the_librarys() -> None:
+    data = read_yaml(ROOT / "params.yaml")
+    slot = data["scales"]["demo"]["slots"]["latent_guided"]
+    first = t_max(slot["sigma_data"])
+    slot["evaluation"]["t_mid"] = math.nextafter(first, 0)
+    validate(data)
+    slot["evaluation"]["t_mid"] = first
+    with pytest.raises(ParamsError, match=r"evaluation\.t_mid: must come before the first step"):
+        validate(data)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +241,6 @@ def test_schema_is_current() -> None:
 
 def test_schema_accepts_params_yaml_and_finds_faults() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    from pipeline.params import read_yaml
 
     validator = jsonschema.Draft202012Validator(schema())
     data = read_yaml(ROOT / "params.yaml")

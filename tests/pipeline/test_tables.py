@@ -69,6 +69,8 @@ def test_our_rows_take_the_best_scale_and_the_teacher_also_scale_one(tmp_path: P
         ("35", "1.00", "0.700"),
         ("35x2", "1.30", "0.200"),
     ]
+    unlabelled = write_evaluation(tmp_path / "unlabelled", [(18, None, 35, 0.7)])  # a teacher that nothing guides
+    assert [(r["nfe"], r["guidance"]) for r in our_rows(unlabelled, "M", "teacher", "demo")] == [("35", "")]
     rows = our_rows(student, "M", "scd", "demo")
     assert [(r["method"], r["nfe"], r["guidance"], r["fid"]) for r in rows] == [
         ("sCD-M", "1", "1.40", "0.300"),
