@@ -114,7 +114,9 @@ class Evaluator:
         """nfe, fid, fid_se, precision and recall at one point."""
         kept = self.ctx.work / f"points-{self.ctx.code[:16]}" / f"{point.key}.json"
         result = read_json(kept)
-        if result is None:
+        if result is not None:
+            self.progress.start(self.done + point.samples)
+        else:
             features = []
             for first in range(0, point.samples, self.how.batch):
                 indices = range(

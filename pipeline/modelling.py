@@ -23,6 +23,7 @@ from scm_core.train.loop import Hooks, train
 from scm_core.train.schedule import Schedule
 from scm_core.train.state import TrainSettings, TrainState
 from scm_core.vae import VAE
+from scm_core.validate import check_labels
 
 MODEL = "model.safetensors"  # in the output of teacher and student
 VAE_FILE = "vae.safetensors"
@@ -57,8 +58,12 @@ def load_data(ctx: Context) -> Data:
     labelled = bool(ctx.slot.dataset.labels)  # a slot may hide the labels of its data: unconditional models
     if "latents" in ctx.inputs:
         store = load_latents(ctx.inputs["latents"])
-        return Data(store.sample, store.labels if labelled else None, len(store), store.shape)
-    return image_data(load_images(ctx.inputs["dataset"]), labelled)
+        data = Data(store.sample, store.labels if labelled else None, len(store), store.shape)
+    else:
+        data = image_data(load_images(ctx.inputs["dataset"]), labelled)
+    if data.labels is not None:
+        check_labels(data.labels, ctx.slot.dataset.labels)  # here once; a network takes what it does not know for "no label"
+    return data
 
 
 def image_data(images: ImageSet, labelled: bool) -> Data:
@@ -137,6 +142,7 @@ def run_training(
     progress = ctx.progress(settings.iterations, "it")
     shown = ("loss", "tangent_norm", "images_per_second")
     hooks = Hooks(
+        start=progress.start,
         log=lambda nimg, scalars: ctx.tracker.log_metrics(nimg, scalars),
         progress=lambda done, scalars: progress.update(done, **{key: scalars[key] for key in shown if key in scalars}),
         sample=sample,

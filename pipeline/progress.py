@@ -38,8 +38,7 @@ def describe(name: str, state: dict[str, Any]) -> str:
 class Progress:
     """Counts `done` of `total`; the rate is that of the last half minute, so that the ETA follows the machine.
 
-    A resumed job starts at its checkpoint: the first `update` only sets where it stands, if it is the first within
-    a second of the start and not zero, its units do not count for the rate.
+    What a resumed job finds done counts for the display and not for the rate: it says so with `start`.
     """
 
     def __init__(
@@ -84,15 +83,21 @@ class Progress:
         """Seconds left at the present rate."""
         return (self.total - self.done) / self.rate if self.rate else None
 
+    def start(self, done: int) -> None:
+        """Says that `done` units were there before: the rate counts from here."""
+        self.done = done
+        self._marks = [(self._now(), done)]
+        if self._bar is not None:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = done
+            self._bar.refresh()
+        self._write()
+
     def update(self, done: int, **scalars: float) -> None:
         """Says that `done` units are ready (a count, not an increment), with scalars worth showing."""
         now = self._now()
-        first = self.done == 0
-        if first and done > 0 and now - self._started < 1.0 and done < self.total:
-            self._marks = [(now, done)]
         self.done = done
         self.scalars.update(scalars)
-        if now - self._marks[-1][0] >= 0.5 or first:
+        if now - self._marks[-1][0] >= 0.5 or len(self._marks) == 1:
             self._marks.append((now, done))
             while len(self._marks) > 2 and now - self._marks[1][0] > 30:
                 self._marks.pop(0)

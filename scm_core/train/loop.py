@@ -17,9 +17,11 @@ Scalars = dict[str, float]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to hear of: every `log_every` steps `log(nimg, scalars)`, with means over those of them that were applied, and
-    `progress(iteration, scalars)`; `sample(state)` every `sample_every` steps; `message(text)`."""
+    """What the caller wants to hear of: `start(iteration)`, where the run begins or goes on; every `log_every` steps `log(nimg, scalars)`,
+    with means over those of them that were applied, and `progress(iteration, scalars)`; `sample(state)` every `sample_every` steps;
+    `message(text)`."""
 
+    start: Callable[[int], None] = lambda iteration: None
     log: Callable[[int, Scalars], None] = lambda nimg, scalars: None
     progress: Callable[[int, Scalars], None] = lambda iteration, scalars: None
     sample: Callable[[TrainState], None] = lambda state: None
@@ -43,6 +45,7 @@ def train(
     if store is not None and (checkpoint := store.load()) is not None:
         state.restore(checkpoint.tensors, checkpoint.meta, str(checkpoint.path))
         hooks.message(f"resumed from {checkpoint.path.name}: {state.iteration} of {settings.iterations} iterations")
+    hooks.start(state.iteration)
     sums: dict[str, torch.Tensor] = {}
     since, count, applied, skipped = time.perf_counter(), 0, 0, state.skipped
     state.train()

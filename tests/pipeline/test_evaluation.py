@@ -99,5 +99,7 @@ def test_points_that_other_code_measured_are_left_aside(
 
     monkeypatch.setattr("pipeline.evaluation.samples", refuse)
     evaluate.run(context(job, params, made, "a"))
+    progress = json.loads((made / "work" / job.name / "progress.json").read_text())
+    assert (progress["done"] > 0, progress["rate"]) == (True, None)  # what was found is no measure of speed
     with pytest.raises(AssertionError, match="sampled"):
         evaluate.run(context(job, params, made, "b"))

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.progress import Progress, clock, describe
 
 
@@ -49,11 +51,14 @@ def test_progress_counts_and_estimates(tmp_path: Path) -> None:
 def test_progress_of_a_resumed_job_does_not_count_what_was_there(tmp_path: Path) -> None:
     now = [100.0]
     progress = Progress(1000, "it", tmp_path / "progress.json", show=False, now=lambda: now[0])
-    progress.update(900)
-    now[0] += 10
+    now[0] += 5  # until the checkpoint is loaded
+    progress.start(900)
+    assert progress.rate is None
+    now[0] += 10  # the first word after it comes with the next log line, not at once
     progress.update(910)
-    assert progress.rate is not None
-    assert abs(progress.rate - 1.0) < 0.01
+    assert progress.rate == pytest.approx(1.0)
+    assert progress.eta_s == pytest.approx(90)
+    assert json.loads((tmp_path / "progress.json").read_text())["eta_s"] == pytest.approx(90)
 
 
 def test_clock() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from scm_core.data import ImageSet, from_uint8, load_images, load_source, save_images
+from scm_core.data import ImageSet, from_uint8, load_images, load_source, save_images, set_name
 from scm_core.data.arrays import load_arrays, save_arrays
 
 
@@ -62,7 +62,17 @@ def test_lower_resolution_is_the_box_average(mnist: ImageSet) -> None:
     assert half.name == "mnist5k-16"
 
 
+@pytest.mark.parametrize(("source", "resolution"), [("digits", None), ("digits", 8), ("digits", 4), ("mnist5k", 16)])
+def test_a_set_is_called_what_its_name_is_known_to_be(source: str, resolution: int | None) -> None:
+    """`set_name` says it without reading the set."""
+    images = load_source(source, resolution)
+    assert set_name(source, images.images.shape[-1]) == images.name
+    assert images.name == source + {4: "-4", 16: "-16"}.get(images.images.shape[-1], "")
+
+
 def test_unknown_sources_and_resolutions_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown image source 'mnist'"):
+        set_name("mnist", 32)
     with pytest.raises(ValueError, match="unknown image source 'mnist': known are digits, mnist5k"):
         load_source("mnist")
     with pytest.raises(ValueError, match="must divide 8, got 3"):

@@ -277,6 +277,23 @@ def test_what_is_logged() -> None:
     assert logged[0][1]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
+def test_the_caller_hears_where_a_run_goes_on(tmp_path: Path) -> None:
+    """Before the first step: 0 for a new run, the checkpoint's iteration for a resumed one."""
+    heard: list[tuple[str, int]] = []
+    hooks = Hooks(
+        start=lambda iteration: heard.append(("start", iteration)),
+        progress=lambda iteration, scalars: heard.append(("progress", iteration)),
+        message=lambda text: None,
+    )
+    state, objective = guided_distillation(iterations=10)
+    train(state, objective, data, CheckpointStore(tmp_path), hooks)
+    assert heard == [("start", 0), ("progress", 4), ("progress", 8), ("progress", 10)]
+    heard.clear()
+    state, objective = guided_distillation()
+    train(state, objective, data, CheckpointStore(tmp_path), hooks)
+    assert heard[:2] == [("start", 10), ("progress", 12)]
+
+
 def test_samples_are_asked_for_at_their_times() -> None:
     """Every `sample_every` iterations counted from the start of the run; never when it is 0."""
     for every, expected in ((3, [3, 6, 9, 12, 15, 18, 21]), (0, [])):
