@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step of each method costs, in teacher steps: `python benchmarks/bench_step_cost.py`.
+"""What a training step of each method costs, in teacher steps: `python benchmarks/bench_step_cost.py [NETWORK …]`.
 
 A teacher step is one forward and a backward worth two. By that count the floors are 4/3 for sCT, which carries a tangent along, 5/3 for sCD
 with one forward of the teacher, and 2 with guidance, where the teacher runs twice. Whole training steps (loss, backward, Adam, weight
-normalisation, average) of the demo's networks are timed in turn, A B C A B C …, on one thread, so that a busy machine slows all of
-them alike. Writes benchmarks/results/step_cost.json and .md.
+normalisation, average) are timed in turn with the teacher's, A B A B …, on one thread, so that a busy machine slows both alike. Peak memory
+is that of a process of its own for each step, less what it had before it built its networks.
+
+Networks: the demo's S and M, and EDM2 XS (131 million parameters) on latents of 16×16 and 64×64. Writes
+benchmarks/results/step_cost.json and .md; networks that are not named keep their results.
 """
 
+import argparse
 import copy
 import json
-import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,117 +32,192 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from pipeline import params  # noqa: E402
-from pipeline.modelling import train_settings  # noqa: E402
-from pipeline.models import VAE_DOWNSAMPLING  # noqa: E402
-from pipeline.params import Slot  # noqa: E402
-from scm_core.guidance import VelocityFn, data_velocity, teacher_velocity  # noqa: E402
 from scm_core.nn.build import Model, build_network, count_parameters, student_of  # noqa: E402
 from scm_core.nn.embedding import LogVarHead  # noqa: E402
+from scm_core.nn.unet_edm2 import WIDTHS  # noqa: E402
 from scm_core.objectives import Batch  # noqa: E402
-from scm_core.objectives.consistency import ConsistencyObjective  # noqa: E402
 from scm_core.objectives.diffusion import DiffusionObjective  # noqa: E402
-from scm_core.train.state import TrainState  # noqa: E402
+from scm_core.objectives.methods import METHODS  # noqa: E402
+from scm_core.train.state import TrainSettings, TrainState  # noqa: E402
 from scm_core.train.step import train_step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 22.0  # spent on the timed rounds of one size
-TARGET = 2.2  # for guided sCD with pairs
-FLOORS = {"teacher": 1.0, "sCT": 4 / 3, "sCD": 5 / 3, "sCD, guided": 2.0}
-PASSES = {"pairs": "(value, tangent) pairs", "jvp": "torch.func.jvp"}
+SIGMA_DATA = 0.5
+ENGINES = {"dual": "pairs", "func": "torch.func.jvp", "finite_difference": "finite differences"}
+TARGETS = {"sCT": 1.40, "sCD": 1.75, "sCD, guided": 2.05}  # with pairs
+MEMORY_TARGET = 1.3  # teacher steps, for the same
+TANGENT = {"P_mean": -1.0, "P_std": 1.4, "warmup": 0}
+GUIDANCE = (1.0, 2.0)
 
 
-def network_config(slot: Slot, size: str) -> dict[str, Any]:
-    """What `build_network` makes a teacher of the slot from."""
+class Method(NamedTuple):
+    """A row: the library's method, its options, and its cost by operation count in teacher steps (None: not counted)."""
+
+    name: str
+    options: dict[str, Any]
+    floor: float | None
+    engines: tuple[str, ...] = tuple(ENGINES)
+
+
+ROWS = {
+    "sCT": Method("sct", TANGENT, 4 / 3),
+    "sCD": Method("scd", TANGENT, 5 / 3),
+    "sCD, guided": Method("scd", {**TANGENT, "guidance": GUIDANCE}, 2.0),
+    "multistep sCD, guided": Method("multistep", {**TANGENT, "guidance": GUIDANCE, "segments": 4}, 2.0, ("dual",)),
+    # generator 3, guided teacher 2, F_φ 1; F_φ's own step: a sample 1, forward and backward 3
+    "VSD, guided": Method("vsd", {"guidance": GUIDANCE}, 10 / 3, ("dual",)),
+}
+
+
+class Network(NamedTuple):
+    """What is timed: `build_network`'s description, the batch, and the seconds to spend on each row at least."""
+
+    title: str
+    config: dict[str, Any]
+    batch: int
+    seconds: float
+
+
+def demo(size: str) -> Network:
+    """A network of scale demo."""
+    slot = params.load(ROOT / "params.yaml").with_scale("demo").active.slots["latent_guided"]
     assert slot.vae is not None
-    return {
+    config = {
         **slot.sizes[size].network.config(slot.sigma_data),
         "channels": slot.vae.latent_channels,
-        "resolution": slot.dataset.resolution // VAE_DOWNSAMPLING,
+        "resolution": slot.item_resolution,
         "labels": slot.dataset.labels,
-        "dropout": slot.teacher_for(size).dropout,
     }
+    return Network(f"Demo {size}, 4×8×8", config, slot.teacher.batch, 4.0)
 
 
-def steps(slot: Slot, size: str) -> dict[tuple[str, str], Callable[[], object]]:
-    """A training step of every method and way to the tangent, by (method, pass), on random latents."""
-    wanted, config = slot.teacher_for(size), network_config(slot, size)
-    shape = (config["channels"], config["resolution"], config["resolution"])
-    generator = torch.Generator().manual_seed(0)
-    x0 = slot.sigma_data * torch.randn(wanted.batch, *shape, generator=generator)
-    labels = torch.randint(slot.dataset.labels, (wanted.batch,), generator=generator)
-    batch = Batch(x0, labels, torch.arange(wanted.batch))
-    torch.manual_seed(0)
-    net = build_network(config)
-    nn.init.ones_(net.get_parameter("out_gain"))  # as in training: it starts at 0
-    frozen = copy.deepcopy(net).eval().requires_grad_(False)
-
-    def teacher() -> Callable[[], object]:
-        head = LogVarHead(0.0)
-        objective = DiffusionObjective(net, head, slot.sigma_data, wanted.P_mean, wanted.P_std, wanted.label_dropout)
-        state = TrainState(net, train_settings(wanted, 0), {"logvar": head})
-        return lambda: train_step(state, objective, batch)
-
-    def student(method: str, velocity: VelocityFn, guided: bool, pairs: bool) -> Callable[[], object]:
-        how = slot.student_for(size, method).model_copy(update={"batch": wanted.batch})
-        own, _ = student_of(Model(frozen, config, {}), guided, how.dropout)
-        head = LogVarHead(math.log(x0[0].numel()))
-        call = own if pairs else lambda *args, **kwargs: own(*args, **kwargs)  # without `supports_dual`
-        objective = ConsistencyObjective(
-            call,
-            head,
-            velocity,
-            slot.sigma_data,
-            how.P_mean,
-            how.P_std,
-            how.tangent_warmup,
-            how.tangent_normalize,
-            how.tangent_c,
-            how.guidance if guided else None,
-        )
-        state = TrainState(own, train_settings(how, 0), {"logvar": head})
-        return lambda: train_step(state, objective, batch)
-
-    result = {("teacher", "plain"): teacher()}
-    distil = teacher_velocity(frozen, slot.sigma_data)
-    for name, pairs in (("pairs", True), ("jvp", False)):
-        result["sCT", name] = student("sct", data_velocity, False, pairs)
-        result["sCD", name] = student("scd", distil, False, pairs)
-        result["sCD, guided", name] = student("scd", distil, True, pairs)
-    return result
+def edm2_xs(resolution: int, batch: int) -> Network:
+    """EDM2 XS with 1000 labels, as for ImageNet, on latents of a resolution."""
+    sides = [side for side in (16, 8) if side <= resolution]
+    config = {
+        "architecture": "edm2", "channels": 4, "resolution": resolution, "labels": 1000, "width": WIDTHS["XS"],
+        "attention_resolutions": sides, "sigma_data": SIGMA_DATA,
+    }  # fmt: skip
+    return Network(f"EDM2 XS, 4×{resolution}×{resolution}", config, batch, 10.0)
 
 
-def measure(functions: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, list[float]]:
-    """Seconds of every call, the functions taking turns; two rounds to warm up first, at least five counted."""
-    times: dict[Any, list[float]] = {key: [] for key in functions}
-    for function in list(functions.values()) * 2:
-        function()
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "demo-S": lambda: demo("S"),
+    "demo-M": lambda: demo("M"),
+    "xs-16": lambda: edm2_xs(16, 4),
+    "xs-64": lambda: edm2_xs(64, 1),
+}
+
+
+def keys() -> list[tuple[str, str]]:
+    """Every (row, engine), the teacher first."""
+    return [("teacher", ""), *((row, engine) for row, method in ROWS.items() for engine in method.engines)]
+
+
+class Bench:
+    """One network's teacher, and the training steps that start from it."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, config = network, network.config
+        shape = (config["channels"], config["resolution"], config["resolution"])
+        generator = torch.Generator().manual_seed(0)
+        x0 = SIGMA_DATA * torch.randn(network.batch, *shape, generator=generator)
+        labels = torch.randint(config["labels"], (network.batch,), generator=generator)
+        self.shape, self.batch = shape, Batch(x0, labels, torch.arange(network.batch))
+        torch.manual_seed(0)
+        self.net = build_network(config)
+        nn.init.ones_(self.net.get_parameter("out_gain"))  # as in training: it starts at 0
+
+    def step(self, row: str, engine: str) -> Callable[[], object]:
+        """A training step."""
+        settings = TrainSettings(1, self.network.batch, 1e-4, 0, ema_sigma_rel=0.05)
+        if row == "teacher":
+            head = LogVarHead(0.0)
+            objective = DiffusionObjective(self.net, head, SIGMA_DATA, -0.4, 1.0, 0.1)
+            state = TrainState(self.net, settings, {"logvar": head})
+            return lambda: train_step(state, objective, self.batch)
+        method = ROWS[row]
+        options = {**method.options, **({"engine": engine} if "P_mean" in method.options else {})}
+        teacher = None if method.name == "sct" else copy.deepcopy(self.net).eval().requires_grad_(False)
+        start = Model(teacher or self.net, self.network.config, {})
+        net, _ = student_of(start, "guidance" in method.options, 0.0)
+        made = METHODS[method.name](net, teacher, SIGMA_DATA, self.shape, **options)
+        other_seed = replace(settings, seed=1, ema_sigma_rel=None)
+        beside = {name: TrainState(other.net, other_seed, other.heads) for name, other in made.companions.items()}
+        state = TrainState(net, settings, made.heads, beside)
+        objectives = {name: other.objective for name, other in made.companions.items()}
+        return lambda: train_step(state, made.objective, self.batch, objectives)
+
+
+def measure(teacher: Callable[[], object], step: Callable[[], object], seconds: float) -> list[tuple[float, float]]:
+    """Seconds of teacher step and step, in turn; one round to warm up first, at least three counted."""
+    times: list[tuple[float, float]] = []
+    teacher()
+    step()
     begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < 5:
-        for key, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[key].append(time.perf_counter() - start)
+    while time.perf_counter() - begin < seconds or len(times) < 3:
+        a = time.perf_counter()
+        teacher()
+        b = time.perf_counter()
+        step()
+        times.append((b - a, time.perf_counter() - b))
     return times
 
 
-def summarise(times: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
-    """Median time and median (and quartiles) of the ratio to the teacher step of the same round."""
-    teacher = times["teacher", "plain"]
+def peak_of_child(name: str, row: str, engine: str) -> float:
+    """Peak memory in MB of two training steps in a process of their own."""
+    command = [sys.executable, __file__, "--peak", name, row, engine]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak(name: str, row: str, engine: str) -> None:
+    """Print the peak memory of two steps (the second has every buffer), less what the process had before."""
+    network = NETWORKS[name]()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    before = memory_mb("VmRSS")
+    bench = Bench(network)
+    step = bench.step(row, engine)
+    if row != "teacher":
+        del bench.net  # a student's process has the student and its frozen teacher
+    step()
+    step()
+    print(memory_mb("VmHWM") - before)
+
+
+def memory_mb(field: str) -> float:
+    """This process's memory in MB, VmRSS (now) or VmHWM (at its peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def run(name: str) -> dict[str, Any]:
+    """Everything about one network."""
+    network = NETWORKS[name]()
+    bench = Bench(network)
+    teacher = bench.step("teacher", "")
+    reference: list[float] = []
     rows = []
-    for (method, kind), values in times.items():
-        ratios = [value / reference for value, reference in zip(values, teacher, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if method != "teacher" else (1.0, 1.0, 1.0)
+    for row, engine in keys()[1:]:
+        times = measure(teacher, bench.step(row, engine), network.seconds)
+        reference += [a for a, _ in times]
+        low, middle, high = statistics.quantiles([b / a for a, b in times], n=4)
         rows.append(
             {
-                "method": method,
-                "pass": kind,
-                "milliseconds": round(1000 * statistics.median(values), 2),
+                "method": row,
+                "engine": engine,
+                "milliseconds": round(1000 * statistics.median(b for _, b in times), 1),
                 "teacher_steps": round(middle, 3),
                 "quartiles": [round(low, 3), round(high, 3)],
-                "floor": round(FLOORS[method], 3),
+                "rounds": len(times),
+                "peak_mb": round(peak_of_child(name, row, engine), 1),
             }
         )
-    return rows
+    parameters = count_parameters(build_network(network.config))
+    return {
+        "title": network.title, "batch": network.batch, "parameters": parameters, "rows": rows,
+        "teacher_ms": round(1000 * statistics.median(reference), 1), "teacher_mb": round(peak_of_child(name, "teacher", ""), 1),
+        "cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
 
 
 def cpu_model() -> str:
@@ -153,65 +233,59 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Cost of a training step",
         "",
-        f"Whole training steps, batch {report['batch']}, in teacher steps: the median over rounds of the ratio to the "
-        "teacher step of the same round (quartiles in brackets). The floor counts operations: forward 1, backward 2.",
-        "",
-        f"{report['cpu']}, torch {report['torch']}, {report['threads']} thread; load average {report['load_before']} before, "
-        f"{report['load_after']} after, on {report['cores']} cores.",
+        "Whole training steps on one thread, in teacher steps: the median over rounds of the ratio to the teacher step of the same round "
+        "(quartiles in brackets), and peak memory of a process of its own in teacher steps. *By count*: operations, forward 1, backward 2. "
+        "Rows without an engine's name carry (value, tangent) pairs.",
         "",
     ]
-    for size, result in report["sizes"].items():
-        rows = result["rows"]
+    verdicts: dict[str, list[str]] = {row: [] for row in TARGETS}
+    for result in report.values():
         lines += [
-            f"## Size {size}: {result['parameters']:,} parameters, {result['rounds']} rounds",
+            f"## {result['title']}: {result['parameters']:,} parameters, batch {result['batch']}",
             "",
-            f"| step | ms | floor | {PASSES['pairs']} | {PASSES['jvp']} |",
+            f"{result['cpu']}, {result['cores']} cores, load average {result['load']} after; torch {result['torch']}; "
+            f"at least {min(row['rounds'] for row in result['rows'])} rounds each. Teacher step: {result['teacher_ms']:.0f} ms, "
+            f"{result['teacher_mb']:.0f} MB.",
+            "",
+            "| step | engine | by count | time | memory |",
             "|---|---|---|---|---|",
-            f"| teacher | {rows[0]['milliseconds']:.1f} | 1.00 | | |",
         ]
-        for method in list(FLOORS)[1:]:
-            pairs, jvp = (next(r for r in rows if (r["method"], r["pass"]) == (method, kind)) for kind in PASSES)
-            cells = [
-                f"{r['teacher_steps']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})" for r in (pairs, jvp)
-            ]
-            lines.append(f"| {method} | {pairs['milliseconds']:.1f} | {pairs['floor']:.2f} | {cells[0]} | {cells[1]} |")
+        for row in result["rows"]:
+            low, high = row["quartiles"]
+            floor = ROWS[row["method"]].floor if row["engine"] == "dual" else None
+            memory = row["peak_mb"] / result["teacher_mb"]
+            lines.append(
+                f"| {row['method']} | {ENGINES[row['engine']]} | {'' if floor is None else f'{floor:.2f}'} "
+                f"| {row['teacher_steps']:.2f} ({low:.2f}–{high:.2f}) | {memory:.2f} |"
+            )
+            if row["engine"] == "dual" and row["method"] in TARGETS:
+                verdicts[row["method"]].append(f"{row['teacher_steps']:.2f} and {memory:.2f} ({result['title']})")
         lines.append("")
-    worst = max(
-        r["teacher_steps"]
-        for result in report["sizes"].values()
-        for r in result["rows"]
-        if (r["method"], r["pass"]) == ("sCD, guided", "pairs")
-    )
-    verdict = "met" if worst <= TARGET else "missed"
-    lines.append(
-        f"Target: guided sCD with pairs in at most {TARGET} teacher steps: {verdict} ({worst:.2f} at the worse size)."
-    )
+    lines += ["## Against the targets", "", f"With pairs; time at most as said, memory at most {MEMORY_TARGET}:", ""]
+    lines += [f"- {row}, {TARGETS[row]:.2f}: {'; '.join(found)}" for row, found in verdicts.items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of training steps in teacher steps.")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all by default")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # what a child process does
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    scale = params.load(ROOT / "params.yaml").with_scale("demo").active
-    slot = scale.slots["latent_guided"]
-    report: dict[str, Any] = {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 1),
-        "sizes": {},
-    }
-    for size in slot.sizes:
-        functions = steps(slot, size)
-        times = measure(functions, SECONDS)
-        parameters = count_parameters(build_network(network_config(slot, size)))
-        rounds = len(times["teacher", "plain"])
-        report["sizes"][size] = {"parameters": parameters, "rounds": rounds, "rows": summarise(times)}
-    report["batch"] = slot.teacher.batch
-    report["load_after"] = round(os.getloadavg()[0], 1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step_cost.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "step_cost.md").write_text(markdown(report))
+    if arguments.peak:
+        peak(*arguments.peak)
+        return
+    for name in arguments.networks:
+        if name not in NETWORKS:
+            parser.error(f"{name}: expected some of {', '.join(NETWORKS)}")
+    path = RESULTS / "step_cost.json"
+    report = json.loads(path.read_text()) if path.exists() and arguments.networks else {}
+    for name in arguments.networks or NETWORKS:
+        report[name] = run(name)
+        report = {known: report[known] for known in NETWORKS if known in report}
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "step_cost.md").write_text(markdown(report))
     print(markdown(report))
 
 

@@ -39,7 +39,7 @@ def value_and_jvp(
         return F, dF.detach()
     if engine == "func":
         with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention kernels have no forward-mode derivative
-            F, dF = torch.func.jvp(lambda x, t: net(x, t), (x, t), (dx, dt))
+            F, dF = torch.func.jvp(lambda x, t: net(x, t), (x, t), (dx, dt))[:2]
         return F, dF.detach()
     if engine == "finite_difference":
         return _central_difference(net, x, t, dx, dt)
