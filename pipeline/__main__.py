@@ -20,6 +20,7 @@ MODULES = {
     "plan": "jobs that are left to do, with estimated time and disk",
     "status": "what is done, running, waiting",
     "trace": "the chain of runs, commits and digests behind a row of a table",
+    "sample": "draw samples of a trained teacher or student",
     "doctor": "check the installation and say what is missing",
     "watch": "run a command and show the progress of the jobs that it starts",
     "sync": "make what one engine has made known to the other (DVC, Snakemake)",

@@ -86,7 +86,7 @@ class Evaluator:
         self.ctx, self.how = ctx, ctx.slot.evaluation
         self.student = student_of_job(ctx.slot, ctx.job.axes["size"], ctx.job.axes["method"])
         self.model: Model = load_model(ctx.inputs["student" if self.student else "teacher"] / MODEL)
-        self.decode = load_decoder(ctx)
+        self.decode = load_decoder(ctx.inputs)
         self.extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / CLASSIFIER_FILE)
         data = set_name(ctx.slot.dataset.source, ctx.slot.dataset.resolution)
         self.reference = load_reference(ctx.inputs["reference"], self.extractor.identity, data)

@@ -62,7 +62,9 @@ def load_data(ctx: Context) -> Data:
     else:
         data = image_data(load_images(ctx.inputs["dataset"]), labelled)
     if data.labels is not None:
-        check_labels(data.labels, ctx.slot.dataset.labels)  # here once; a network takes what it does not know for "no label"
+        check_labels(
+            data.labels, ctx.slot.dataset.labels
+        )  # here once; a network takes what it does not know for "no label"
     return data
 
 
@@ -73,11 +75,11 @@ def image_data(images: ImageSet, labelled: bool) -> Data:
     return Data(lambda index, _: from_uint8(pixels[index]), images.labels if labelled else None, len(images), shape)
 
 
-def load_decoder(ctx: Context) -> Callable[[Tensor], Tensor]:
-    """x0 of a network to uint8 images: through the VAE for latents, by rounding for pixels."""
-    if "vae" not in ctx.inputs:
+def load_decoder(inputs: Mapping[str, Path]) -> Callable[[Tensor], Tensor]:
+    """x0 of a network to uint8 images: through the VAE among a job's inputs for latents, by rounding for pixels."""
+    if "vae" not in inputs:
         return to_uint8
-    vae, store = load_vae(ctx.inputs["vae"]), load_latents(ctx.inputs["latents"])
+    vae, store = load_vae(inputs["vae"]), load_latents(inputs["latents"])
 
     @torch.no_grad()
     def decode(x0: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ def grid_sampler(
     ctx: Context, config: Mapping[str, Any], data: Data, generate: Callable[[nn.Module, Tensor, Tensor], Tensor]
 ) -> Callable[[TrainState], None]:
     """A hook that draws the averaged network's samples of every class from fixed unit noise, into samples.png and the tracker."""
-    decode = load_decoder(ctx)
+    decode = load_decoder(ctx.inputs)
     columns = config["labels"] or 10
     labels = torch.arange(columns).repeat(GRID_ROWS)
     noise = sample_noise(range(len(labels)), data.shape, "grid")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline` as a user types it: exit codes, one sentence for each mistake, and a plan."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from pipeline import plan, registry
 from pipeline.__main__ import main
+from pipeline.manifest import fingerprint
 from pipeline.params import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,8 @@ def cli(tmp_path: Path) -> Cli:
         (("run", "teacher", "--bogus"), "--bogus"),
         (("plan", "reports/table3.csv"), "reports/table3.csv: unknown target"),
         (("plan", "--cores", "0"), "--cores 0: must be at least 1"),
+        (("sample", "student-latent_guided-M-scdd"), "no teacher or student of scale demo; did you mean"),
+        (("sample", "teacher-latent_guided-S"), "not trained yet; run it with: python -m pipeline run teacher"),
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(cli: Cli, arguments: tuple[str, ...], words: str) -> None:
@@ -118,12 +122,19 @@ def test_plan_of_a_fresh_clone(cli: Cli) -> None:
 
 
 def test_plan_uses_the_times_of_finished_runs(cli: Cli, tmp_path: Path) -> None:
-    record = tmp_path / "runs/demo/.records/vae-latent_guided.json"
+    """Of the very same job: with other parameters it is another one, and takes another time."""
+    params = load(tmp_path / "params.yaml")
+    job = registry.find(params, "dataset", {"slot": "latent_guided"})
+    record = tmp_path / "runs/demo/.records/dataset-latent_guided.json"
     record.parent.mkdir(parents=True)
-    record.write_text('{"seconds": 3725.0, "bytes": 2500000}')
+    record.write_text(json.dumps({"seconds": 3725.0, "fingerprint": fingerprint(job, params, {})}))
     text = cli("plan", "vae").stdout
-    assert re.search(r"^vae-latent_guided +to do +1 h 02 min +2.5 MB +measured$", text, re.MULTILINE), text
-    assert re.search(r"^dataset-latent_guided .* estimated$", text, re.MULTILINE), text
+    assert re.search(r"^dataset-latent_guided +to do +1 h 02 min .* measured$", text, re.MULTILINE), text
+    assert re.search(r"^vae-latent_guided .* estimated$", text, re.MULTILINE), text
+    file = tmp_path / "params.yaml"
+    file.write_text(file.read_text().replace("resolution: 32", "resolution: 16"))
+    text = cli("plan", "vae").stdout
+    assert re.search(r"^dataset-latent_guided +to do +\d+ s .* estimated$", text, re.MULTILINE), text
 
 
 def test_makespan_and_longest_path() -> None:

@@ -247,6 +247,17 @@ def test_trace_prints_the_chain_behind_a_row(runs: Runs) -> None:
     assert commit in text, f"the commit {commit} is not in:\n{text}"
 
 
+def test_samples_of_a_trained_model(runs: Runs) -> None:
+    name, folder = "student-latent_guided-M-scd", "runs/smoke/latent_guided/student/M/scd"
+    for run, picture in ((name, "a.png"), (folder, "b.png")):
+        runs.snakemake.run("python", "-m", "pipeline", "sample", run, "-o", picture, "--scale", "smoke", "--rows", "2")
+    a, b = (Image.open(runs.snakemake.path / name) for name in ("a.png", "b.png"))
+    assert a.size == (2 * (10 * 33 - 1), 2 * (2 * 33 - 1))  # 10 labels, 2 rows of 32 × 32 pixels, twice as large
+    assert a.tobytes() == b.tobytes()
+    for picture in ("a.png", "b.png"):
+        (runs.snakemake.path / picture).unlink()  # git status stays clean
+
+
 def test_training_resumed_from_its_checkpoint(runs: Runs) -> None:
     logs = [p.read_text() for p in (runs.snakemake.path / "runs/smoke/.logs").glob("teacher-latent_guided-M*")]
     assert re.search(r"resum", "".join(logs) + runs.resumed_output, re.IGNORECASE), "nothing says that it resumed"

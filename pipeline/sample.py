@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m pipeline sample RUN -o grid.png`: look at samples of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline import paths, registry
+from pipeline.cli import Parser
+from pipeline.errors import PipelineError, suggestion
+from pipeline.job import Job
+from pipeline.params import PARAMS_FILE, Params, load
+
+TRAINED = ("teacher", "student")
+
+
+def main(argv: list[str]) -> int:
+    """Write a grid with one column for each label and fresh noise in each row; the same command gives the same picture."""
+    parser = Parser(prog="python -m pipeline sample", description="Draw samples of a trained teacher or student.")
+    parser.add_argument(
+        "run", metavar="RUN", help="a job such as student-latent_guided-M-scd, its run id, or its folder"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", default="samples.png", help="a PNG file (default: %(default)s)"
+    )
+    parser.add_argument("--scale", help="of params.yaml (default: the active one)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: none)")
+    parser.add_argument(
+        "--steps", type=int, choices=(1, 2), default=2, help="of consistency sampling (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, default=4, help="samples of each label (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="index of the first sample's noise (default: %(default)s)")
+    options = parser.parse_args(argv)
+    params = load(paths.root() / PARAMS_FILE, options.scale)
+    job = find_trained(options.run, params)
+    folder = paths.root() / job.outputs[0]
+    if not (folder / "manifest.json").exists():
+        raise PipelineError(f"{options.run}: not trained yet; run it with: {job.command}")
+    if options.rows < 1 or options.seed < 0:
+        raise PipelineError("--rows must be at least 1 and --seed at least 0")
+    draw(job, params, folder, Path(options.output), options.guidance, options.steps, options.rows, options.seed)
+    print(options.output)
+    return 0
+
+
+def find_trained(name: str, params: Params) -> Job:
+    """The teacher or student that is meant by a job's name, a run id, or a folder; `PipelineError` if there is none."""
+    trained = {job.name: job for job in registry.jobs(params) if job.stage in TRAINED}
+    for job in trained.values():
+        if job.name in (name, name.rpartition("-")[0]) or Path(name) in (job.outputs[0], paths.root() / job.outputs[0]):
+            return job
+    raise PipelineError(f"{name}: no teacher or student of scale {params.scale}; {suggestion(name, trained, 'models')}")
+
+
+def draw(
+    job: Job, params: Params, folder: Path, output: Path, guidance: float | None, steps: int, rows: int, seed: int
+) -> None:
+    """Sample, decode and write the grid."""
+    import torch
+
+    from pipeline.generation import TEACHER, noise_of, samples, student_of_job
+    from pipeline.grids import save_grid
+    from pipeline.modelling import MODEL, load_decoder
+    from scm_core.nn.build import load_model
+
+    slot = params.active.slots[job.axes["slot"]]
+    student = student_of_job(slot, job.axes["size"], job.axes.get("method", TEACHER))
+    model = load_model(folder / MODEL)
+    if guidance is not None and student is not None and not model.config["guidance_input"]:
+        raise PipelineError(f"--guidance: {job.name} was trained without guidance; leave it out")
+    if guidance is not None and not slot.dataset.labels:
+        raise PipelineError("--guidance: this slot has no labels to guide by; leave it out")
+    if guidance is None and student is not None and model.config["guidance_input"]:
+        guidance = 1.0
+    columns = slot.dataset.labels or 10
+    labels = torch.arange(columns).repeat(rows)
+    indices = range(seed, seed + len(labels))
+    shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
+    noise = noise_of(student, indices, shape, min(steps, max(student.steps)) if student else steps)
+    decode = load_decoder({name: paths.root() / path for name, path in job.inputs.items()})
+    save_grid(decode(samples(slot, student, model.net, noise, labels, guidance)), output, columns)
