@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import manifest, paths
-from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.params import Params
 
@@ -30,7 +29,7 @@ def states(jobs: Sequence[Job], params: Params) -> dict[str, str]:
             found[job.name] = MISSING
             continue
         above = [found[by_output[path]] for path in job.inputs.values() if path in by_output]
-        fresh = all(state == DONE for state in above) and made.get("fingerprint") == _fingerprint(job, params)
+        fresh = all(state == DONE for state in above) and made.get("fingerprint") == fingerprint_now(job, params)
         if not fresh:
             found[job.name] = OUTDATED
         elif manifest.fault(job, made, manifest.HASH_BYTES if job.is_report else SIZES_ONLY):
@@ -40,8 +39,10 @@ def states(jobs: Sequence[Job], params: Params) -> dict[str, str]:
     return found
 
 
-def _fingerprint(job: Job, params: Params) -> str | None:
-    try:
-        return manifest.fingerprint(job, params, manifest.read_inputs(job))
-    except PipelineError:  # an input is not there: whatever this was made from, it is not that
+def fingerprint_now(job: Job, params: Params) -> str | None:
+    """The fingerprint that the job would have if it ran now; None where an input is not there."""
+    folders = [paths.root() / where for where in job.inputs.values()]
+    # Asked before it is tried: the error that `read_inputs` raises takes time to word, and is not wanted here.
+    if not all(folder.is_file() or manifest.read(folder / paths.MANIFEST) for folder in folders):
         return None
+    return manifest.fingerprint(job, params, manifest.read_inputs(job))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline import manifest, paths, registry
 from pipeline.cli import Parser
-from pipeline.done import DONE, states
+from pipeline.done import DONE, fingerprint_now, states
 from pipeline.errors import RegistryError, suggestion
 from pipeline.files import read_json
 from pipeline.job import Job
@@ -24,18 +24,18 @@ class Estimate:
     seconds: float
     bytes: int
     measured: bool
-    """From the job's last run here, not from the registry."""
+    """From a run of this very job here, not from the registry."""
 
 
-def estimate(job: Job) -> Estimate:
-    """Time and size of the job's last published run, else what the registry expects."""
+def estimate(job: Job, params: Params) -> Estimate:
+    """Time and size of the job's last published run with the present parameters and inputs, else what the registry expects."""
     record = read_json(paths.record_file(job)) or {}
-    if not isinstance(record.get("seconds"), (int, float)):
+    mark = record.get("fingerprint")
+    if not isinstance(record.get("seconds"), (int, float)) or mark is None or mark != fingerprint_now(job, params):
         return Estimate(job.resources.seconds, job.resources.bytes, measured=False)
-    size = record.get("bytes")
-    if not isinstance(size, int):
-        files = (manifest.read(manifest.path_of(job)) or {"files": {}})["files"]
-        size = sum(entry["bytes"] for entry in files.values()) or job.resources.bytes
+    made = manifest.read(manifest.path_of(job)) or {}
+    files = made["files"] if made.get("fingerprint") == mark else {}
+    size = sum(entry["bytes"] for entry in files.values()) or job.resources.bytes
     return Estimate(float(record["seconds"]), size, measured=True)
 
 
@@ -118,12 +118,11 @@ def main(argv: list[str]) -> int:
     left = [job for job in everything if state[job.name] != DONE]
     print(f"scale {params.scale}: {len(left)} of {len(everything)} jobs to do")
     if left:
-        _print(left, state, options.cores)
+        _print(left, {job.name: estimate(job, params) for job in left}, state, options.cores)
     return 0
 
 
-def _print(left: Sequence[Job], state: Mapping[str, str], cores: int) -> None:
-    estimates = {job.name: estimate(job) for job in left}
+def _print(left: Sequence[Job], estimates: Mapping[str, Estimate], state: Mapping[str, str], cores: int) -> None:
     seconds = {name: item.seconds for name, item in estimates.items()}
     width = max(len(job.name) for job in left)
     print()
@@ -143,4 +142,4 @@ def _print(left: Sequence[Job], state: Mapping[str, str], cores: int) -> None:
     print(f"about {duration(makespan(left, seconds, cores))} on {cores} core{'s' * (cores > 1)}")
     print(f"longest path {duration(longest)}: {' → '.join(path)}")
     if not all(item.measured for item in estimates.values()):
-        print("measured: the job's last run here; estimated: from the registry, for one core of a 2020s laptop")
+        print("measured: the same job's last run here; estimated: from the registry, for one core of a 2020s laptop")

@@ -40,7 +40,7 @@ def survey(params: Params, jobs: Sequence[Job] | None = None) -> list[Row]:
     """Every job of the active scale, in topological order; reads small files only."""
     everything = registry.jobs(params) if jobs is None else jobs
     made = states(everything, params)
-    return [_row(job, made[job.name]) for job in everything]
+    return [_row(job, params, made[job.name]) for job in everything]
 
 
 def active(job: Job) -> str | None:
@@ -55,10 +55,10 @@ def active(job: Job) -> str | None:
     return QUEUED if is_alive(ticket) else None
 
 
-def _row(job: Job, made: str) -> Row:
+def _row(job: Job, params: Params, made: str) -> Row:
     folder = paths.job_folder(job)
-    expected = estimate(job).seconds
     running = active(job)
+    expected = 0.0 if made == DONE and not running else estimate(job, params).seconds
     if running:
         progress = read_json(folder / "progress.json") or {}
         tries = attempts.read(job)
