@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-RESULTS := reports/table2.csv reports/table2.md reports/figure2.png
+RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png
 
 .PHONY: help setup demo test lint format bench sync lock clean
 

@@ -7,11 +7,12 @@ prefers the times of finished runs. On a cluster the profile's `set-resources` r
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipeline.params import Slot
+from pipeline.params import Scale, Slot
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
@@ -25,6 +26,7 @@ STUDENT = {
 GUIDED = 1 / 3  # more for each teacher that is guided
 VAE = 40 / (1000 * 64 * 24**2)  # per image and width², an iteration of 32×32
 FEATURES = 12 / (600 * 64)  # per image
+TOY = 35e-6 / 64  # per point and unit of width, an iteration of Figure 3's networks
 IMAGES = 5000  # of the demo's dataset
 MB = 1024**2
 
@@ -51,6 +53,18 @@ def _resources(seconds: float, bytes: float, memory_mb: int = 3000) -> Resources
     return Resources(1, memory_mb, 0, minutes, round(START + seconds, 1), int(bytes))
 
 
+def _of_slot(
+    estimate: Callable[[Slot, Mapping[str, str]], Resources],
+) -> Callable[[Scale, Mapping[str, str]], Resources]:
+    """An estimate of a stage that has the axis slot."""
+
+    @functools.wraps(estimate)
+    def of_scale(scale: Scale, axes: Mapping[str, str]) -> Resources:
+        return estimate(scale.slots[axes["slot"]], axes)
+
+    return of_scale
+
+
 def _work(slot: Slot, axes: Mapping[str, str]) -> float:
     return slot.sizes[axes["size"]].network.work(slot.item_resolution)
 
@@ -63,11 +77,13 @@ def _images(training: Training | BasicTraining) -> int:
     return training.iterations * training.batch
 
 
+@_of_slot
 def dataset(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Reading and padding the images."""
     return _resources(5, IMAGES * slot.dataset.resolution**2 * slot.dataset.channels)
 
 
+@_of_slot
 def vae(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training the VAE."""
     assert slot.vae is not None
@@ -75,28 +91,33 @@ def vae(slot: Slot, axes: Mapping[str, str]) -> Resources:
     return _resources(VAE * _images(slot.vae.training) * slot.vae.width**2 * area, 4 * 300 * slot.vae.width**2)
 
 
+@_of_slot
 def latents(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Encoding every image."""
     assert slot.vae is not None
     return _resources(5, IMAGES * 8 * slot.vae.latent_channels * (slot.dataset.resolution // 4) ** 2)
 
 
+@_of_slot
 def features(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training the feature network."""
     return _resources(FEATURES * _images(slot.features.training), 1 * MB)
 
 
+@_of_slot
 def reference(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Features of every image."""
     return _resources(5, IMAGES * slot.features.dim * 4)
 
 
+@_of_slot
 def teacher(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training a teacher."""
     training = slot.teacher_for(axes["size"])
     return _resources(TEACHER * _images(training) * _work(slot, axes), _bytes(slot, axes))
 
 
+@_of_slot
 def student(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training a student."""
     training = slot.student_for(axes["size"], axes["method"])
@@ -104,6 +125,7 @@ def student(slot: Slot, axes: Mapping[str, str]) -> Resources:
     return _resources(factor * TEACHER * _images(training) * _work(slot, axes), _bytes(slot, axes))
 
 
+@_of_slot
 def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Sampling the guidance sweep and the reported set."""
     plan, method = slot.evaluation, axes["method"]
@@ -119,11 +141,20 @@ def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
     return _resources(seconds, 1 * MB)
 
 
-def report(slot: Slot, axes: Mapping[str, str]) -> Resources:
+def report(scale: Scale, axes: Mapping[str, str]) -> Resources:
     """Writing a table."""
     return _resources(1, 64 * 1024)
 
 
-def figure(slot: Slot, axes: Mapping[str, str]) -> Resources:
+def figure(scale: Scale, axes: Mapping[str, str]) -> Resources:
     """Sampling and drawing a figure."""
     return _resources(10, 1 * MB)
+
+
+def figure3(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Training the students of the toy: from scratch, then one for each N and precision."""
+    plan = scale.figure3
+    assert plan is not None
+    tuned = 4 + len(plan.intervals) + 2 * len(plan.half_intervals)
+    iterations = 2 * plan.scratch.iterations + tuned * plan.tune.iterations
+    return _resources(5 + TOY * plan.width * plan.batch * iterations, 1 * MB)

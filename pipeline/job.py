@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pipeline.costs import Resources
-from pipeline.params import Params, Slot
+from pipeline.params import Params, Scale, Slot
 
 REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
 REPORTS = Path("reports")
@@ -109,7 +109,7 @@ class Stage:
     inputs: Callable[[Point], dict[str, Path]]
     params: Callable[[Point], tuple[str, ...]]
     """Keys below `scales.<scale>`; those that start with a dot are below the slot."""
-    cost: Callable[[Slot, Mapping[str, str]], Resources]
+    cost: Callable[[Scale, Mapping[str, str]], Resources]
     reports: tuple[Path, ...] = ()
     reads: tuple[Path, ...] = ()
     """Files of the repository that it reads beside its own source."""
@@ -134,5 +134,5 @@ class Stage:
             outputs=self.outputs(params.scale, axes),
             params=tuple(f"{slot}{key}" if key.startswith(".") else f"{prefix}.{key}" for key in self.params(point)),
             sources=(Path("pipeline", "stages", f"{self.name}.py"), *self.reads),
-            resources=self.cost(point.slot, axes),
+            resources=self.cost(params.active, axes),
         )

@@ -22,10 +22,12 @@ from pipeline.sections import (
     Evaluation,
     Features,
     Figure2,
+    Figure3,
     Model,
     Positive,
     Seed,
     TeacherTraining,
+    Training,
     Vae,
     problem,
 )
@@ -131,7 +133,7 @@ class Slot(Model):
         if self.dataset.resolution % unit:
             what = f"{'the VAE and ' if self.vae else ''}the network of size {size} ({network.architecture})"
             raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
-        sections = {"teacher": self.teacher_for(size)}
+        sections: dict[str, Training] = {"teacher": self.teacher_for(size)}
         sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
         for key, section in sections.items():
             if section.dropout_resolution is not None and network.architecture == "small":
@@ -176,6 +178,7 @@ class Scale(Model):
 
     seed: Seed
     slots: Annotated[Mapping[SlotName, Slot], Field(min_length=1)]
+    figure3: Figure3 | None = None
 
     @model_validator(mode="after")
     def _slots_match_names(self) -> Scale:

@@ -6,7 +6,9 @@ order, `find(...)` looks one up, `settings(job, params)` gives the numbers it de
 
 What makes a job run again, in both engines:
 
-- its inputs (outputs of other jobs), by content;
+- its inputs (outputs of other jobs): to DVC when their contents change, to Snakemake when a folder has a new date, even
+  with the same bytes in it. So an input that was made again by hand, bit for bit, reruns nothing in DVC and all below
+  it in Snakemake, unless `make sync` tells Snakemake first that what lies below is up to date;
 - its `params`: sections of params.yaml, so that editing one number reruns exactly what it influences. What an input
   already depends on is not listed again: the input changes with it;
 - its `sources`: the stage's own short file, which says what the stage does, and data files that it reads from the
@@ -65,6 +67,10 @@ def _table2(params: Params) -> Axes:
 def _figure2(params: Params) -> Axes:
     slot = params.active.slots.get(REPORT_SLOT)
     return iter([{}] if slot and slot.figure2 else [])
+
+
+def _figure3(params: Params) -> Axes:
+    return iter([{}] if params.active.figure3 else [])
 
 
 def _evaluations(point: Point) -> dict[str, Path]:
@@ -186,6 +192,16 @@ _DECLARED = (
         params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
         cost=costs.figure,
         reports=(REPORTS / "figure2.png",),
+    ),
+    Stage(
+        "figure3",
+        "Figure 3: discrete and continuous time on a toy whose PF-ODE is known",
+        axes=(),
+        expand=_figure3,
+        inputs=lambda p: {},
+        params=lambda p: ("seed", "figure3"),
+        cost=costs.figure3,
+        reports=(REPORTS / "figure3.png", REPORTS / "figure3.csv"),
     ),
 )
 STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})

@@ -45,7 +45,8 @@ def test_every_job_of_the_demo(params: Params) -> None:
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
-    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, "table2", "figure2"]
+    reports = ["table2", "figure2", "figure3"]
+    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
     assert names(registry.jobs(params)) == expected
 
 
@@ -115,7 +116,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "first_rerun"),
     [
-        ("scale.seed", 1, ["vae", "latents", "features", *TRAINED]),
+        ("scale.seed", 1, ["vae", "latents", "features", *TRAINED, "figure3"]),
         ("dataset.labels", 10, []),
         ("vae.kl_weight", 0.5, ["vae"]),
         ("features.dim", 32, ["features"]),
@@ -161,7 +162,8 @@ def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
     del slot["vae"]
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
-    assert {job.stage for job in jobs} == {"dataset", "features", "reference", "teacher", "student", "evaluate"}
+    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3"}
+    assert {job.stage for job in jobs} == stages
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}
 
