@@ -2,7 +2,9 @@
 # The pipeline for Snakemake: one rule for each stage of pipeline/registry.py.
 #
 #   snakemake --profile cluster/local                          # reports/table2.csv, table2.md, figure2.png
-#   snakemake --profile cluster/local --config scale=smoke     # config keys: scale, launcher (inline, local, slurm)
+#   snakemake --profile cluster/local --config scale=smoke
+#
+# Config keys: scale, launcher (inline, local, slurm; SCM_LAUNCHER in the environment wins over it).
 import os
 import re
 import sys
@@ -19,16 +21,21 @@ from pipeline.stale import clear_stale_locks
 
 
 def read_config():
-    """The parameters that --config and params.yaml ask for, and the launcher for the jobs' environment."""
+    """The parameters that --config and params.yaml ask for, and the launcher for the jobs' environment.
+
+    The environment's launcher wins, since the profile's settings always name one.
+    """
     known = ("scale", "launcher")
     for key in config:
         if key not in known:
             raise RegistryError(f"--config {key}={config[key]}: unknown key; {suggestion(key, known, 'keys')}")
-    if "launcher" in config:
-        if config["launcher"] not in LAUNCHERS:
-            end = suggestion(config["launcher"], LAUNCHERS, "launchers")
-            raise RegistryError(f"--config launcher={config['launcher']}: unknown launcher; {end}")
-        os.environ["SCM_LAUNCHER"] = config["launcher"]
+    named = os.environ.get("SCM_LAUNCHER")
+    where, launcher = ("SCM_LAUNCHER", named) if named else ("--config launcher", config.get("launcher"))
+    if launcher is not None:
+        if launcher not in LAUNCHERS:
+            end = suggestion(launcher, LAUNCHERS, "launchers")
+            raise RegistryError(f"{where}={launcher}: unknown launcher; {end}")
+        os.environ["SCM_LAUNCHER"] = launcher
     scale = config.get("scale")
     return load("params.yaml", None if scale is None else str(scale))
 

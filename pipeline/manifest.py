@@ -114,8 +114,12 @@ def read_inputs(job: "Job") -> dict[str, Input]:
             continue
         manifest = read(path / paths.MANIFEST)
         if manifest is None:
-            state = "has no valid manifest.json" if path.exists() else "is missing"
-            raise PipelineError(f"{job.name}: input {where} {state}; make it with: {remedy(job, path, None)}")
+            command = remedy(job, path, None)
+            if path.exists():
+                words = f"has no valid manifest.json; make it again with: {command}, then `make sync`"
+            else:
+                words = f"is missing; make it with: {command}"
+            raise PipelineError(f"{job.name}: input {where} {words}")
         found[name] = Input(path, manifest["run"], digest(path / paths.MANIFEST), manifest["name"])
     return found
 
@@ -129,10 +133,11 @@ def verify_inputs(job: "Job") -> dict[str, Input]:
         manifest = read(item.path / paths.MANIFEST)
         assert manifest is not None
         for name, entry in manifest["files"].items():
-            fault = _fault(item.path / name, entry)
-            if fault:
+            wrong = _fault(item.path / name, entry)
+            if wrong:
                 file = paths.relative(item.path / name)
-                raise PipelineError(f"{file} {fault}; make it again with: {remedy(job, item.path, manifest)}")
+                command = remedy(job, item.path, manifest)
+                raise PipelineError(f"{file} {wrong}; make it again with: {command}, then `make sync`")
     return found
 
 

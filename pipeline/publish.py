@@ -81,10 +81,10 @@ def publish(job: "Job") -> None:
     record = paths.record_file(job)
     try:
         if job.is_report:
-            # The manifest first: a kill in between leaves a report that is seen as not current, and is made again.
-            _copy_file(staging / paths.MANIFEST, paths.report_manifest(job))
             for output in job.outputs:
                 _copy_file(staging / output.name, paths.root() / output)
+            # The manifest last: until it is there, the one before it speaks of other files, and the report is not current.
+            _copy_file(staging / paths.MANIFEST, paths.report_manifest(job))
         else:
             _move_folder(staging, paths.root() / job.outputs[0], folder / "replaced")
         write_json(record, result["record"])

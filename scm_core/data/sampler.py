@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from scm_core.seeds import generator_for
 
 
 class BatchOrder:
@@ -30,8 +30,7 @@ class BatchOrder:
         if epoch < 0:
             raise ValueError(f"BatchOrder: epoch must be ≥ 0, got {epoch}")
         if self._kept is None or self._kept[0] != epoch:
-            generator = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
-            self._kept = epoch, torch.randperm(self.n, generator=generator)
+            self._kept = epoch, torch.randperm(self.n, generator=generator_for("batch order", self.seed, epoch))
         return self._kept[1]
 
     def indices(self, step: int) -> Tensor:
@@ -49,8 +48,3 @@ class BatchOrder:
     def images_seen(self, step: int) -> int:
         """Return how many images came before step (counted from 0), the paper's nimg."""
         return step * self.batch
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """A 63-bit seed, hashed because with seed + epoch runs of neighbouring seeds would share epochs."""
-    return int.from_bytes(hashlib.sha256(f"batch order {seed} {epoch}".encode()).digest()[:8], "little") >> 1

@@ -59,8 +59,9 @@ def frechet_with_error(features_fake: Tensor, ref_moments: Moments) -> FidResult
 
     The influence of sample i is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i up to a constant, with x̃_i = x_i − μ and
     T the transport map from the samples' Gaussian to the reference's. The samples count as independent and the
-    reference as exact; the estimate's bias is not in the error. Raises `ValueError` for N < 2, another D or features
-    that are not finite.
+    reference as exact; the estimate's bias is not in the error. For class-balanced samples the error is an upper
+    estimate: sd(IF) holds the spread between classes too, which a fixed number of each leaves no room to vary. Raises
+    `ValueError` for N < 2, another D or features that are not finite.
     """
     features = checked_features(features_fake, ref_moments.dim, "generated features").cpu()
     if len(features) < 2:

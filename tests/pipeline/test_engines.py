@@ -98,6 +98,15 @@ def test_snakemake_refuses_wrong_config_in_one_sentence(run: Run, config: tuple[
 
 
 @pytest.mark.slow
+def test_the_launcher_of_the_environment_wins_over_the_profile(run: Run) -> None:
+    """The profile always names one; that SCM_LAUNCHER is refused shows that it is the one that counts."""
+    words = ("env", "SCM_LAUNCHER=slrm", "snakemake", "-n", "--profile", "cluster/local")
+    said = run(*words).stderr.strip().splitlines()
+    assert said[-1] == "error: SCM_LAUNCHER=slrm: unknown launcher; did you mean 'slurm'?"
+    assert run("env", "SCM_LAUNCHER=inline", *words[2:], "--config", "launcher=slrm").returncode == 0
+
+
+@pytest.mark.slow
 def test_snakemake_names_a_fault_in_params(repository: Path, run: Run) -> None:
     file = repository / "params.yaml"
     text = file.read_text()

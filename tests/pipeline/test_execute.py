@@ -137,6 +137,36 @@ def test_checkpoints_of_other_parameters_are_set_aside(repo: Any) -> None:
     assert len(list(repo.work.glob("steps.stale-*"))) == 1
 
 
+@pytest.mark.parametrize("copied", [0, 1, 2])
+def test_a_kill_while_a_report_is_published_leaves_it_not_current(repo: Any, copied: int) -> None:
+    """After any number of its files: a mixture of old and new is never taken for the report."""
+    for stage in ("first", "second", "report"):
+        repo.run(stage)
+    file = repo.root / "params.yaml"
+    file.write_text(file.read_text().replace("value: 1", "value: 3"))
+    for stage in ("first", "second"):
+        repo.run(stage)
+    code = f"""
+        import os, signal, sys
+        from pipeline import done, execute, params, publish, registry
+        loaded = params.load()
+        jobs = registry.jobs(loaded)
+        true_copy, copied = publish._copy_file, []
+        def copy(source, target):
+            if len(copied) == {copied}:
+                print(done.states(jobs, loaded)["report"], flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            copied.append(target.name)
+            true_copy(source, target)
+        publish._copy_file = copy
+        execute.execute(registry.find(loaded, "report", {{}}), loaded)
+    """
+    killed = repo.python(code)
+    assert (killed.code, killed.out) == (-signal.SIGKILL, "outdated\n")
+    assert repo.run("report").code == 0
+    assert (repo.root / "reports/table.csv").read_text().startswith("size,run\n768,")
+
+
 @pytest.mark.parametrize("point", ["before the move", "after the move", "before the pointer goes"])
 def test_a_kill_while_publishing(repo: Any, point: str) -> None:
     """Whenever the kill comes, the output is absent or whole, and the next run finishes without computing again."""
@@ -199,7 +229,7 @@ def test_bad_inputs_are_named(repo: Any, harm: Any, words: str, launcher: str) -
     done = repo.run("second", launcher)
     assert done.code == 1
     assert words in done.err
-    assert "python -m pipeline run first scale=tiny" in done.err
+    assert "make it again with: python -m pipeline run first scale=tiny, then `make sync`\n" in done.err
     assert done.err.count("\n") == 1
     assert not (repo.root / "runs/tiny/second").exists()
 

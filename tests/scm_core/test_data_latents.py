@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent stores: scaling to σ_d, sampling, disk; and the order of the data."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,10 @@ def test_order_depends_on_the_step_alone() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
+    # the seed of an epoch: SHA-256 of what it is for
+    seed = int.from_bytes(hashlib.sha256(b"batch order 3 5").digest()[:8], "little") >> 1
+    expected = torch.randperm(100, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(BatchOrder(100, 10, seed=3).permutation(5), expected)
     permutations = [BatchOrder(100, 10, seed).permutation(epoch) for seed in range(3) for epoch in range(3)]
     assert len({tuple(p.tolist()) for p in permutations}) == 9
 

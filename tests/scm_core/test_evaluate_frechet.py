@@ -6,7 +6,7 @@ import torch
 
 from scm_core.compat import prepare_torchvision
 from scm_core.evaluate import Moments, frechet_distance, frechet_with_error
-from scm_core.evaluate.frechet import transport_map
+from scm_core.evaluate.frechet import FidResult, transport_map
 
 prepare_torchvision()
 
@@ -181,3 +181,21 @@ def test_bad_input_is_refused() -> None:
         _ = Moments.of(torch.zeros(1, 3)).cov
     with pytest.raises(ValueError, match="at least 2"):
         frechet_with_error(torch.zeros(1, 3), Moments.given(zero, eye, 5))
+
+
+def test_the_error_is_an_upper_estimate_for_class_balanced_samples() -> None:
+    """Half of the samples of each class: the spread over repetitions is below the error; for independent draws it is the error."""
+    generator = torch.Generator().manual_seed(0)
+    reference = Moments.given(torch.zeros(2).double(), torch.eye(2).double(), 10_000)
+    n, repetitions = 200, 300
+
+    def draw(labels: torch.Tensor) -> FidResult:
+        centres = torch.tensor([[2.0, 0.0], [-0.5, 0.5]])[labels]
+        return frechet_with_error(centres + 0.5 * torch.randn(n, 2, generator=generator), reference)
+
+    balanced = [draw(torch.arange(n) % 2) for _ in range(repetitions)]
+    independent = [draw(torch.randint(2, (n,), generator=generator)) for _ in range(repetitions)]
+    for results, low, high in ((balanced, 0.3, 0.75), (independent, 0.85, 1.15)):
+        spread = torch.tensor([result.value for result in results]).std()
+        error = torch.tensor([result.se for result in results]).mean()
+        assert low < float(spread / error) < high
