@@ -177,9 +177,11 @@ def measure(toy: Toy, report: Callable[[int], None] = lambda iterations: None) -
     plan, rows, done = toy.plan, list[Row](), 0
     samples = {"exact": toy.exact}
 
-    def student(method: str, training: ToyTraining, *arguments: Any, **options: Any) -> MLP:
+    def student(
+        method: str, training: ToyTraining, precision: Precision = "fp32", start: MLP | None = None, **options: Any
+    ) -> MLP:
         nonlocal done
-        net = toy.student(method, training, *arguments, report=lambda n: report(done + n), **options)
+        net = toy.student(method, training, precision, start, lambda n: report(done + n), **options)
         done += training.iterations
         return net
 
@@ -196,9 +198,10 @@ def measure(toy: Toy, report: Callable[[int], None] = lambda iterations: None) -
         for n in intervals_of(plan, precision):
             tune("dscd", precision, scd, intervals=n)
     for precision in PRECISIONS:
-        for steps in (None, *plan.intervals):
-            name, n = ("scd", "") if steps is None else ("dscd", steps)
-            rows.append(Row("tangent_error", name, precision, n, toy.tangent_error(scd, precision, steps)))
+        rows.append(Row("tangent_error", "scd", precision, "", toy.tangent_error(scd, precision, None)))
+        rows += [
+            Row("tangent_error", "dscd", precision, n, toy.tangent_error(scd, precision, n)) for n in plan.intervals
+        ]
     return Result(rows, samples)
 
 

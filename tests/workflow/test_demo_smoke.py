@@ -36,7 +36,13 @@ COLUMNS = [
     "samples",
     "run",
 ]
-RESULTS = ["reports/table2.csv", "reports/table2.md", "reports/figure2.png", "reports/figure3.png", "reports/figure3.csv"]
+RESULTS = [
+    "reports/table2.csv",
+    "reports/table2.md",
+    "reports/figure2.png",
+    "reports/figure3.png",
+    "reports/figure3.csv",
+]
 SNAKEMAKE = ["snakemake", "--profile", "cluster/local", *RESULTS, "--config", "scale=smoke"]
 TEACHER = Path("runs/smoke/latent_guided/teacher/M")
 WORK = Path("runs/smoke/.work/teacher-latent_guided-M/work")
