@@ -26,6 +26,7 @@ STUDENT = {
 GUIDED = 1 / 3  # more for each teacher that is guided
 VAE = 40 / (1000 * 64 * 24**2)  # per image and width², an iteration of 32×32
 FEATURES = 12 / (600 * 64)  # per image
+IMAGE = 0.9e-3  # to decode a sample and take its features
 TOY = 35e-6 / 64  # per point and unit of width, an iteration of Figure 3's networks
 IMAGES = 5000  # of the demo's dataset
 MB = 1024**2
@@ -127,18 +128,21 @@ def student(slot: Slot, axes: Mapping[str, str]) -> Resources:
 
 @_of_slot
 def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Sampling the guidance sweep and the reported set."""
+    """Sampling the guidance sweep and the reported sets: that of the best scale and that of scale 1."""
     plan, method = slot.evaluation, axes["method"]
-    if method == "teacher":
-        guided = any(scale != 1 for scale in plan.guidance)
+    student = None if method == "teacher" else slot.student_for(axes["size"], method)
+    guidable = slot.dataset.labels > 0 if student is None else student.guidance is not None
+    unguided, guided = plan.samples, 0  # samples without guidance and with it
+    if guidable:
+        others = sum(scale != 1 for scale in plan.guidance)
+        unguided += plan.select_samples
+        guided += others * plan.select_samples + (plan.samples if others else 0)
+    if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
-        forwards, points, reported = steps * (2 if guided else 1), len(plan.guidance), 2
+        passes, images = steps * (unguided + 2 * guided), unguided + guided
     else:
-        student = slot.student_for(axes["size"], method)
-        forwards, points, reported = sum(student.steps), len(plan.guidance) if student.guidance else 1, 1
-    images = points * plan.select_samples + reported * plan.samples
-    seconds = FORWARD * _work(slot, axes) * forwards * images + 2e-3 * images
-    return _resources(seconds, 1 * MB)
+        passes, images = sum(student.steps) * (unguided + guided), len(student.steps) * (unguided + guided)
+    return _resources(FORWARD * _work(slot, axes) * passes + IMAGE * images, 1 * MB)
 
 
 def report(scale: Scale, axes: Mapping[str, str]) -> Resources:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import dvcfile, registry
+from pipeline import costs, dvcfile, registry
 from pipeline.errors import RegistryError
+from pipeline.evaluation import Point, sweep
 from pipeline.job import Job
 from pipeline.params import Params, load, read_yaml, validate
+from scm_core.sampling import diffusion_nfe
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = "latent_guided"
@@ -94,6 +96,35 @@ def test_the_critical_path_is_the_longest_chain(params: Params) -> None:
     after = registry.critical_path(jobs)
     assert after == pytest.approx({job.name: max(chains(job)) for job in jobs})
     assert after["student-latent_guided-M-scd"] > after["student-latent_guided-M-sct"]
+
+
+@pytest.mark.parametrize("scale", ["demo", "smoke"])
+def test_the_cost_of_an_evaluation_counts_what_the_sweep_asks_for(params: Params, scale: str) -> None:
+    """Every sample of every point, by the sweep itself when scale 1 is not the best; the library counts the passes."""
+    for job in registry.jobs(params, scale):
+        if job.stage != "evaluate":
+            continue
+        slot, method = params.scales[scale].slots[job.axes["slot"]], job.axes["method"]
+        how = slot.evaluation
+        student = None if method == "teacher" else slot.student_for(job.axes["size"], method)
+        grid = how.guidance if student is None or student.guidance else None
+        asked: list[Point] = []
+
+        def measure(point: Point, asked: list[Point] = asked) -> dict[str, float]:
+            asked.append(point)
+            return {"fid": -(point.guidance or 0.0)}
+
+        counts = (how.select_samples, how.select_seed), (how.samples, how.report_seed)
+        sweep(student.steps if student else (how.teacher.steps,), grid, *counts, measure)
+        images = sum(point.samples for point in asked)
+        passes = sum(
+            point.samples
+            * (point.steps if student else diffusion_nfe(how.teacher.solver, point.steps, point.guidance != 1.0))
+            for point in asked
+        )
+        work = slot.sizes[job.axes["size"]].network.work(slot.item_resolution)
+        expected = costs.START + costs.FORWARD * work * passes + costs.IMAGE * images
+        assert job.resources.seconds == pytest.approx(expected, abs=0.06), job.name
 
 
 def test_sources_exist(params: Params) -> None:
