@@ -3,7 +3,8 @@
 
 DVC replaces `${scale}` with the value in params.yaml or of `dvc exp run -S scale=smoke`, so the file serves every scale
 that has the axes of the active one (the same slots, sizes and methods, as smoke and demo have). Dependencies are
-literal lists, since DVC does not take a list from a variable.
+literal lists, since DVC does not take a list from a variable. Metrics and plots are files in the evaluations' folders,
+which are outputs as a whole, so they are named at the top and not in their stages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import registry
+from pipeline import paths, registry
 from pipeline.job import Job
 from pipeline.params import Params
 
@@ -25,8 +26,16 @@ HEADER = """\
 
 def generate(params: Params) -> str:
     """The text of dvc.yaml, from the axes of the active scale."""
-    stages = {job.name: _stage(job) for job in registry.jobs(params)}
-    return HEADER + yaml.safe_dump({"stages": stages}, sort_keys=False, width=10_000, allow_unicode=True)
+    jobs = registry.jobs(params)
+    stages = {job.name: _stage(job) for job in jobs}
+    evaluations = [_templated(job, path) for job in jobs if job.stage == "evaluate" for path in job.outputs]
+    sweeps = {f"{folder}/{paths.SWEEP}": "fid" for folder in evaluations}
+    text = {
+        "stages": stages,
+        "metrics": [f"{folder}/{paths.FACTS}" for folder in evaluations],
+        "plots": [{"FID by guidance": {"template": "scatter", "x": "guidance", "y": sweeps}}],
+    }
+    return HEADER + yaml.safe_dump(text, sort_keys=False, width=10_000, allow_unicode=True)
 
 
 def _stage(job: Job) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from scm_core.nn.build import Model, load_model
 from scm_core.sampling import diffusion_nfe
 
 SELECT, REPORT = "select", "report"
-SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
 FIELDS = ("phase", "steps", "guidance", "nfe", "samples", "first_index", "fid", "fid_se", "precision", "recall")
 
 
@@ -68,6 +67,22 @@ def sweep(
             point = Point(REPORT, n, s, *report)
             rows.append({**asdict(point), **measure(point)})
     return rows
+
+
+def reported(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
+    """What stands for a model, by number of steps: FID at the selected scale, and the one without guidance beside it."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["phase"] != REPORT:
+            continue
+        entry = found.setdefault(f"{row['steps']}-step", {})
+        if row["guidance"] == 1.0:
+            entry["fid_without_guidance"] = row["fid"]
+        if row["guidance"] != 1.0 or "fid" not in entry:  # scale 1 stands for the model where it is the best
+            entry |= {"fid": row["fid"], "fid_se": row["fid_se"]}
+            if row["guidance"] is not None:
+                entry["guidance"] = row["guidance"]
+    return found
 
 
 def count_points(steps: Sequence[int], grid: Sequence[float] | None, select: int, report: int) -> int:

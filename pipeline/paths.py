@@ -12,6 +12,7 @@ from typing import Protocol
 from pipeline.errors import PipelineError
 
 MANIFEST = "manifest.json"
+SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
 
 
 class JobName(Protocol):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.evaluation import FACTS, REPORT, SWEEP
+from pipeline.evaluation import REPORT
+from pipeline.paths import FACTS, SWEEP
 
 TABLE2_COLUMNS = [
     "section",

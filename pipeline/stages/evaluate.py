@@ -6,14 +6,16 @@ import json
 import pandas as pd
 
 from pipeline.context import Context
-from pipeline.evaluation import FACTS, FIELDS, REPORT, SWEEP, Evaluator
+from pipeline.evaluation import FIELDS, REPORT, Evaluator, reported
+from pipeline.paths import FACTS, SWEEP
 from scm_core.nn.build import count_parameters
 
 
 def run(ctx: Context) -> None:
-    """Write sweep.csv (a row for each measured point) and evaluation.json (what was measured, and in which features)."""
+    """Write sweep.csv (a row for each measured point) and evaluation.json (the reported FIDs, and what was measured in which features)."""
     evaluator = Evaluator(ctx)
-    table = pd.DataFrame(evaluator.run(), columns=list(FIELDS))
+    rows = evaluator.run()
+    table = pd.DataFrame(rows, columns=list(FIELDS))
     table.to_csv(ctx.out / SWEEP, index=False)
     reference = evaluator.reference
     facts = {
@@ -22,6 +24,7 @@ def run(ctx: Context) -> None:
         "params": count_parameters(evaluator.model.net),
         "dataset": reference.dataset,
         "reference_images": reference.count,
+        "reported": reported(rows),
         "features": f"{reference.extractor} ({reference.features.shape[1]}-d)",
     }
     (ctx.out / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")

@@ -2,7 +2,9 @@
 """Snakemake and DVC see the DAG of the registry, and Snakemake says what is wrong in one sentence."""
 
 import fcntl
+import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -118,6 +120,26 @@ def test_snakemake_names_a_fault_in_params(repository: Path, run: Run) -> None:
     assert done.returncode != 0
     key = "scales.demo.slots.latent_guided.teacher.label_dropout"
     assert done.stderr.strip() == f"error: params.yaml: {key}: must be at least 0, got -1"
+
+
+@pytest.mark.slow
+def test_dvc_shows_the_fids_and_plots_the_sweeps(repository: Path, run: Run) -> None:
+    """Of the scale that params.yaml names, from files in the evaluations' folders."""
+    jobs = [job for job in registry.jobs(load(repository / "params.yaml")) if job.stage == "evaluate"]
+    folders = [repository / job.outputs[0] for job in jobs]
+    try:
+        for number, folder in enumerate(folders):
+            folder.mkdir(parents=True)
+            (folder / "evaluation.json").write_text(json.dumps({"reported": {"1-step": {"fid": number}}}))
+            (folder / "sweep.csv").write_text(f"phase,steps,guidance,fid\nreport,1,1.0,{number}\n")
+        metrics = json.loads(run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+        plots = json.loads(run("dvc", "plots", "show", "--json").stdout)["data"]
+    finally:
+        shutil.rmtree(repository / "runs")
+    shown = {name: file["data"]["reported"]["1-step"]["fid"] for name, file in metrics.items()}
+    assert shown == {f"{job.outputs[0]}/evaluation.json": number for number, job in enumerate(jobs)}
+    points = plots["FID by guidance"][0]["content"]["data"]["values"]
+    assert [(point["guidance"], point["fid"]) for point in points] == [("1.0", str(n)) for n in range(len(jobs))]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline.evaluation import FIELDS, REPORT, SELECT, Point, count_points, sweep
+from pipeline.evaluation import FIELDS, REPORT, SELECT, Point, count_points, reported, sweep
 from pipeline.tables import PAPER_SETTING, TABLE2_COLUMNS, best_guidance, format_count, our_rows, table2, to_markdown
 
 PAPER = Path(__file__).parents[2] / "reports" / "paper" / "table2.csv"
@@ -49,6 +49,21 @@ def test_a_best_scale_of_one_is_reported_once_and_an_unguided_model_without_a_sc
     unguided: list[Point] = []
     sweep((1, 2), None, (10, 0), (20, 50), measured({None: 1.0}, unguided))
     assert [(p.phase, p.steps, p.guidance) for p in unguided] == [(REPORT, 1, None), (REPORT, 2, None)]
+
+
+def test_what_is_reported_is_the_selected_scale_and_the_one_without_guidance() -> None:
+    fid = {1.0: 3.0, 1.5: 2.0, 2.0: 4.0}
+    rows = sweep((1, 2), tuple(fid), (100, 7), (500, 1000), measured(fid, []))
+    assert reported(rows) == {
+        f"{steps}-step": {"fid": 3.0, "fid_se": 0.1, "guidance": 1.5, "fid_without_guidance": 4.0} for steps in (1, 2)
+    }
+    best_is_one = sweep((18,), (1.0, 1.5), (10, 0), (20, 50), measured({1.0: 1.0, 1.5: 2.0}, []))
+    assert reported(best_is_one)["18-step"]["fid"] == reported(best_is_one)["18-step"]["fid_without_guidance"] == 2.0
+    below_one = sweep((18,), (0.5, 1.0), (10, 0), (20, 50), measured({0.5: 1.0, 1.0: 2.0}, []))
+    assert (reported(below_one)["18-step"]["guidance"], reported(below_one)["18-step"]["fid"]) == (0.5, 2.0)
+    assert reported(sweep((1,), None, (10, 0), (20, 50), measured({None: 1.0}, []))) == {
+        "1-step": {"fid": 2.0, "fid_se": 0.1}
+    }
 
 
 def write_evaluation(folder: Path, rows: list[tuple[int, float | None, int, float]]) -> Path:
