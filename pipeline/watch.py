@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
                 time.sleep(POLL_SECONDS)
             shown.show(last=True)
     passed = duration(time.time() - started)
+    for line in _lines(log, "warning: "):
+        print(line, file=sys.stderr)
     if engine.returncode == 0:
         print(f"done in {passed}")
         return 0
@@ -94,12 +96,16 @@ def _passing_on_signals(engine: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 def _explain(log: Path, code: int, passed: str) -> None:
     """The sentences that failed jobs left in the engine's log; its last lines if there are none."""
-    lines = log.read_text(errors="replace").splitlines()
-    said = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
-    for line in said or tail(log, 25):
+    for line in _lines(log, "error: ") or tail(log, 25):
         print(line, file=sys.stderr)
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
     print(f"{log.stem} {ended} after {passed}; its log: {paths.relative(log)}", file=sys.stderr)
+
+
+def _lines(log: Path, start: str) -> list[str]:
+    """The different lines of a log that start with a word of ours."""
+    lines = log.read_text(errors="replace").splitlines()
+    return list(dict.fromkeys(line for line in lines if line.startswith(start)))
 
 
 class Lines:

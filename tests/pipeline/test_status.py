@@ -120,6 +120,16 @@ def test_watch_prints_plain_lines(repo: Any) -> None:
     assert "chatter" in next(repo.root.glob("runs/.logs/python*.log")).read_text()
 
 
+def test_watch_passes_warnings_on(repo: Any) -> None:
+    """Those about checkpoints that were set aside, or that other code has made: the engine's log is read by few."""
+    assert repo.run("broken").code == 1
+    file = repo.root / "params.yaml"
+    file.write_text(file.read_text().replace("value: 1", "value: 4"))
+    (repo.root / "engine.py").write_text(ENGINE)
+    done = command(repo, "watch", "--", sys.executable, "engine.py", "broken")
+    assert done.stderr.count("warning: the checkpoints of broken were made with other parameters") == 1
+
+
 def test_watch_says_what_failed(repo: Any) -> None:
     (repo.root / "engine.py").write_text(ENGINE)
     done = command(repo, "watch", "--", sys.executable, "engine.py", "broken")
