@@ -184,7 +184,7 @@ def _sentence(error: ValidationError, data: Any) -> str:
     if kind == "cross_field":
         return f"{key}: {context['sentence']}"
     if kind == "unknown_key":
-        return f"{key}: unknown key; {suggestion(path[-1], context['known'], 'keys here')}"
+        return _one_line(f"{key}: unknown key; {suggestion(path[-1], context['known'], 'keys here')}")
     if "[key]" in first["loc"]:
         if kind == "literal_error":  # a slot
             return f"{key}: unknown name; it must be {context['expected']}"
