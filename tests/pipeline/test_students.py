@@ -11,7 +11,8 @@ from scm_core.nn.small import SmallNet
 from scm_core.objectives import methods
 
 BASE: dict[str, Any] = {
-    "iterations": 10, "batch": 4, "lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "ramp_up": 0, "ema_sigma_rel": 0.05, "dropout": 0.0, "dropout_resolution": None,
+    "iterations": 10, "batch": 4, "lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "ramp_up": 0, "ema_sigma_rel": 0.05,
+    "dropout": 0.0, "dropout_resolution": None,
     "decay": {"rule": "inverse_sqrt", "t_ref": 100}, "logvar_lr": 1e-2, "log_every": 1, "checkpoint_every": 1, "sample_every": 1,
 }  # fmt: skip
 PROPOSAL = {"P_mean": -1.0, "P_std": 1.4}
