@@ -117,7 +117,7 @@ class Toy:
         """f(sin(t_max) z, t_max) of the noise, (points, 2)."""
         return sample_consistency(net, self.z.float(), (self.t_max,), self.plan.sigma_data)
 
-    def paths(self, start: Tensor, points: int = 33) -> Tensor:
+    def paths(self, start: Tensor, points: int = 17) -> Tensor:
         """The PF-ODE's path from x at t_max to 0 at equally spaced times, (points, B, 2)."""
         times = torch.linspace(self.t_max, 0, points, dtype=start.dtype).expand(len(start), points).mT
         path = [start]
