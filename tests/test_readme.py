@@ -94,5 +94,6 @@ def test_every_direct_dependency_is_pinned_locked_and_credited() -> None:
 
 
 def test_the_lock_serves_every_build_of_torch() -> None:
+    """Nothing that only the CUDA build brings, but for triton, which our tests use: in the version that build asks for."""
     names = re.findall(r"^([^=\s#]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    assert [name for name, version in names if name.startswith(("nvidia", "cuda", "triton")) or "+" in version] == []
+    assert [name for name, version in names if name.startswith(("nvidia", "cuda")) or "+" in version] == []
