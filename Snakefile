@@ -99,7 +99,7 @@ for stage in dict.fromkeys(job.stage for job in jobs):
             settings=lambda wildcards, stage=stage: registry.settings(job_of(stage, wildcards), params),
             command=lambda wildcards, stage=stage: job_of(stage, wildcards).command,
         log:
-            # Written by the job itself; named here so that Snakemake shows it when the job fails.
+            # Written by the job itself (inline: only a traceback); named here so that Snakemake shows it when the job fails.
             f"runs/{params.scale}/.logs/{'-'.join([stage, *(f'{{{a}}}' for a in registry.STAGES[stage].axes)])}.log",
         # What the longest chain of jobs hangs on goes first.
         priority: partial(priority_of, stage)
