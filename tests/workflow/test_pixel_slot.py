@@ -24,8 +24,11 @@ def pixel_slot(params: dict[str, Any]) -> None:
     # two more students: one that is sampled in segments, one that trains a second network beside it
     scd = slot["students"]["scd"]
     vsd = {"vsd_weight": 1.0, "vsd_P_mean": 0.4, "vsd_P_std": 2.0, "fake_P_mean": -0.8, "fake_P_std": 1.6}
-    slot["students"]["scd_m4"] = {**scd, "method": "multistep", "segments": 4}
-    slot["students"]["both"] = {**scd, "method": "scd_vsd", **vsd, "fake_guidance": True}
+    slot["students"] = {
+        **slot["students"],
+        "scd_m4": {**scd, "method": "multistep", "segments": 4},
+        "both": {**scd, "method": "scd_vsd", **vsd, "fake_guidance": True},
+    }
     slot["sizes"] = {"S": {**slot["sizes"]["S"], "students": {name: {} for name in slot["students"]}}}
     slots["pixel_cond"] = slot
 
