@@ -49,7 +49,7 @@ def test_networks_on_pixels_run_from_images_to_their_evaluation(
     made = {path.name for path in (repo_copy / folder).iterdir() if not path.name.startswith(".")}
     assert made == {"dataset", "features", "reference", "teacher", "student", "evaluate"}
     for target, guided in zip(targets, GUIDED.values(), strict=True):
-        rows = list(csv.DictReader((repo_copy / target / "sweep.csv").open()))
+        rows = list(csv.DictReader((repo_copy / target / "sweep.csv").read_text().splitlines()))
         assert {row["steps"] for row in rows} == STEPS[Path(target).name]
         assert {row["phase"] for row in rows} == ({"select", "report"} if guided else {"report"})
         assert all(float(row["fid"]) > 0 and 0 <= float(row["precision"]) <= 1 for row in rows)
