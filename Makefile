@@ -13,6 +13,8 @@ export OMP_NUM_THREADS ?= 1
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
+# Files of tests that run at a time; each keeps to one thread and about 1 GB.
+WORKERS ?= 2
 RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png
 
 .PHONY: help setup demo test lint format bench sync lock clean
@@ -30,8 +32,8 @@ demo: $(STAMP) ## train teachers and students on a small data set, draw Table 2 
 	@$(RUN) python tools/show_table.py reports/table2.csv
 	@printf '\n%s\n' "Table 2: reports/table2.md (and .csv)   samples: reports/figure2.png   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 
-test: $(STAMP) ## all tests, the slow ones too (ARGS="-m 'not slow'" for the quick ones)
-	@$(RUN) python -m pytest $(ARGS)
+test: $(STAMP) ## all tests, the slow ones too (ARGS="-m 'not slow'" for the quick ones, WORKERS=0 for one process)
+	@$(RUN) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(RUN) ruff check .

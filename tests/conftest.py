@@ -18,6 +18,11 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole pipeline first: with several workers the longest file must not be the last one to start."""
+    items.sort(key=lambda item: "workflow" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:
     """One thread, a fixed global seed and deterministic algorithms for every test."""
