@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scm_core.seeds import uniform
 from scm_core.validate import check_like
 
 VelocityFn = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -27,7 +28,7 @@ def guided(net: Callable[..., Tensor], x: Tensor, t: Tensor, labels: Tensor, gui
 
 def sample_guidance(batch: int, low: float, high: float, generator: torch.Generator) -> Tensor:
     """s ~ U[low, high], one per sample, shape (batch,)."""
-    return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+    return low + (high - low) * uniform(generator, batch)
 
 
 def data_velocity(x_t: Tensor, t: Tensor, v_t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from scm_core.seeds import normal
 from scm_core.validate import check_device, check_like, check_positive, check_time_dtype
 
 SIGMA_MAX = 80.0  # the largest noise level of every sampler (paper §5.2), in units of the EDM process x0 + σ ε
@@ -88,5 +89,5 @@ def sample_times(batch: int, P_mean: float, P_std: float, sigma_data: float, gen
 
     P_mean and P_std are in units of ln σ, as in EDM.
     """
-    tau = P_mean + P_std * torch.randn(batch, generator=generator, device=generator.device)
+    tau = P_mean + P_std * normal(generator, batch)
     return torch.atan(torch.exp(tau) / sigma_data)

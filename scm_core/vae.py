@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scm_core.seeds import normal
+
 DOWNSAMPLING = 4  # image side over latent side
 
 
@@ -70,7 +72,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return (reconstruction, mean, logvar), z = mean + exp(logvar/2)·ε drawn from the posterior by `generator`."""
         mean, logvar = self.encode(x)
-        eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        eps = torch.randn_like(mean) if generator is None else normal(generator, *mean.shape, dtype=mean.dtype)
         return self.decode(mean + (logvar / 2).exp() * eps), mean, logvar
 
 

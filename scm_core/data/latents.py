@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scm_core.data.arrays import load_arrays, save_arrays
 from scm_core.data.images import from_uint8
+from scm_core.seeds import normal
 
 KIND = "latents"
 
@@ -62,7 +63,7 @@ class LatentStore:
         `generator`.
         """
         mean, std = self.mean[index], self.std[index]
-        eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        eps = torch.randn_like(mean) if generator is None else normal(generator, *mean.shape, dtype=mean.dtype)
         return self.scale(mean + std * eps)
 
     def scale(self, latents: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from scm_core.guidance import VelocityFn, data_velocity, sample_guidance, teache
 from scm_core.nn.dual import Dual, Maybe
 from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives import Batch, Method, Terms, adaptive_weighting, check_positive, mean_square
+from scm_core.seeds import normal
 from scm_core.tangent import Normalize, Tangent, tangent
 from scm_core.trigflow import diffuse, sample_times, velocity
 
@@ -70,7 +71,7 @@ class ConsistencyObjective:
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         x0, labels = batch.x0, batch.labels
-        z = torch.randn(x0.shape, generator=generator, device=x0.device) * self.sigma_data
+        z = normal(generator, *x0.shape) * self.sigma_data
         t = self.times(len(x0), generator)
         s = sample_guidance(len(x0), *self.guidance, generator) if self.guidance else None
         x_t = diffuse(x0, z, t)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.objectives import Batch, Terms, adaptive_weighting, mean_square
+from scm_core.seeds import normal, uniform
 from scm_core.trigflow import diffuse, sample_times, velocity
 
 
@@ -31,10 +32,10 @@ class DiffusionObjective:
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         x0, labels = batch.x0, batch.labels
-        z = torch.randn(x0.shape, generator=generator, device=x0.device) * self.sigma_data
+        z = normal(generator, *x0.shape) * self.sigma_data
         t = sample_times(len(x0), self.P_mean, self.P_std, self.sigma_data, generator)
         if labels is not None and self.label_dropout:
-            dropped = torch.rand(len(x0), generator=generator, device=x0.device) < self.label_dropout
+            dropped = uniform(generator, len(x0)) < self.label_dropout
             labels = labels.masked_fill(dropped, -1)
         F = self.net(diffuse(x0, z, t) / self.sigma_data, t, labels)
         return diffusion_loss(F, velocity(x0, z, t), self.logvar(t), self.sigma_data)

@@ -16,6 +16,7 @@ from scm_core.guidance import data_velocity, teacher_velocity
 from scm_core.objectives import Method
 from scm_core.objectives.consistency import ConsistencyObjective, consistency_method, required, without_guidance
 from scm_core.sampling import sigma_grid, time_grid
+from scm_core.seeds import uniform
 from scm_core.tangent import Normalize, Tangent, normalize_tangent
 from scm_core.trigflow import broadcast_time
 
@@ -96,7 +97,7 @@ class DiscreteObjective(ConsistencyObjective):
         """t of shape (batch,), the upper ends of intervals of the grid."""
         device = generator.device
         self.grid, self.below = self.grid.to(device), self.below.to(device)
-        u = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
+        u = uniform(generator, batch, dtype=torch.float64)
         return self.grid[torch.searchsorted(self.below, u, right=True) + 1]
 
     def tangent(self, net: Net, x_t: Tensor, t: Tensor, dxdt: Tensor, r: float) -> Tangent:

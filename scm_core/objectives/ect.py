@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scm_core.objectives import Batch, Method, Terms, check_positive
 from scm_core.objectives.consistency import without_guidance
 from scm_core.objectives.discrete import pass_before
+from scm_core.seeds import normal
 from scm_core.trigflow import consistency_function, diffuse, sigma_to_t
 
 
@@ -67,8 +68,8 @@ class EctObjective:
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         x0, net = batch.x0, partial(self.net, labels=batch.labels)
-        z = torch.randn(x0.shape, generator=generator, device=x0.device) * self.sigma_data
-        tau = torch.randn(len(x0), generator=generator, device=x0.device)
+        z = normal(generator, *x0.shape) * self.sigma_data
+        tau = normal(generator, len(x0))
         t = torch.exp(self.P_mean + self.P_std * tau)
         stage = iteration // self.stage_iterations + 1  # ⌈i/d⌉ of iterations counted from 1
         gap = ect_gap(t, stage, self.q, self.k, self.b)

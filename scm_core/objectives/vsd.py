@@ -38,6 +38,7 @@ from scm_core.objectives import (
 )
 from scm_core.objectives.consistency import check_guidance, required, scd
 from scm_core.objectives.diffusion import diffusion_loss
+from scm_core.seeds import normal
 from scm_core.trigflow import consistency_function, diffuse, sample_times, t_max, velocity
 
 Range = tuple[float, float]
@@ -88,7 +89,7 @@ class Generator:
         if self.guidance and batch.labels is None:
             raise ValueError("guidance: classifier-free guidance needs labels, got labels=None")
         shape = batch.x0.shape
-        z = torch.randn(shape, generator=generator, device=batch.x0.device) * self.sigma_data
+        z = normal(generator, *shape) * self.sigma_data
         s = sample_guidance(shape[0], *self.guidance, generator) if self.guidance else None
         return generate(self.net, z, self.sigma_data, batch.labels, s), s
 
@@ -107,7 +108,7 @@ class FakeObjective:
         sigma_data = self.make.sigma_data
         with torch.no_grad():
             x0, s = self.make(batch, generator)
-        z = torch.randn(x0.shape, generator=generator, device=x0.device) * sigma_data
+        z = normal(generator, *x0.shape) * sigma_data
         t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator)
         told = s if self.fake_guidance else None
         F = self.fake(diffuse(x0, z, t) / sigma_data, t, batch.labels, told)
@@ -134,7 +135,7 @@ class VsdObjective:
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         sigma_data, labels = self.make.sigma_data, batch.labels
         x0, s = self.make(batch, generator)
-        z = torch.randn(x0.shape, generator=generator, device=x0.device) * sigma_data
+        z = normal(generator, *x0.shape) * sigma_data
         t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator)
         x = diffuse(x0.detach(), z, t) / sigma_data
         with evaluating(self.teacher) as teacher, evaluating(self.fake) as fake:
