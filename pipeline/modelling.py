@@ -170,9 +170,8 @@ def grid_sampler(
     noise = sample_noise(range(len(labels)), data.shape, "grid")
 
     def sample(state: TrainState) -> None:
-        assert state.ema is not None
         net = build_network(config).eval()
-        net.load_state_dict(state.ema.state(), strict=False)
+        net.load_state_dict(state.averaged(), strict=False)
         path = ctx.out / "samples.png"
         save_grid(decode(generate(net, noise, labels)), path, columns)
         named = ctx.work / f"samples-{state.nimg:09d}.png"
@@ -184,7 +183,6 @@ def grid_sampler(
 
 def save_average(ctx: Context, state: TrainState, config: Mapping[str, Any], **info: Any) -> None:
     """Write the averaged network, the result of a training stage."""
-    assert state.ema is not None
     facts = {
         "run": ctx.run_id,
         "iterations": state.iteration,
@@ -192,4 +190,4 @@ def save_average(ctx: Context, state: TrainState, config: Mapping[str, Any], **i
         "skipped_steps": state.skipped,
         **info,
     }
-    save_model(ctx.out / MODEL, state.ema.state(), config, facts)
+    save_model(ctx.out / MODEL, state.averaged(), config, facts)

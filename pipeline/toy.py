@@ -151,9 +151,8 @@ class Toy:
 
 def averaged(state: TrainState) -> MLP:
     """The network with the averaged weights, in evaluation mode."""
-    assert state.ema is not None
     net: MLP = copy.deepcopy(state.net).eval()  # type: ignore[assignment]
-    net.load_state_dict(state.ema.state())
+    net.load_state_dict(state.averaged())
     return net
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Magnitude-preserving layers of EDM2 (Karras et al. 2024, App. B) on tensors or (value, tangent) pairs.
 
-Weights are kept at unit variance per element for each output (`normalize_weights`, once after each optimizer step: EDM2's forced
-weight normalisation) and are scaled by 1/√fan_in in the forward, so that activations keep their magnitude.
+Weights are kept at unit variance per element for each output and are scaled by 1/√fan_in in the forward, so that activations keep their
+magnitude. EDM2 normalises them in the forward, and by force before each step (its App. B.4). The same comes about without a
+division in the forward, of which the tangent engines would have to know: the gradient loses its part along the weight
+(`project_gradients`, what the derivative of the normalisation does), the weights are normalised after the optimizer step
+(`normalize_weights`), and averaged ones when they are taken into use (`normalized`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as nnf
@@ -31,9 +34,14 @@ class MPWeight(nn.Module):
     @torch.no_grad()
     def normalize_(self) -> None:
         """Bring each output's weights back to unit RMS: w ← w √fan_in / ‖w‖ (EDM2, Eq. 47)."""
-        dims = tuple(range(1, self.weight.ndim))  # no flatten(1): of channels-last weights it is a copy
-        rms = torch.linalg.vector_norm(self.weight, dim=dims, keepdim=True).div_(math.sqrt(self.fan_in))
-        self.weight.div_(rms.clamp_(min=1e-20))
+        self.weight.div_(row_rms(self.weight))
+
+    @torch.no_grad()
+    def project_gradient_(self) -> None:
+        """Take from the gradient its part along each output's weights: g ← g − w ⟨w, g⟩/‖w‖² (EDM2, App. B.4)."""
+        if self.weight.grad is not None:
+            along = (self.weight * self.weight.grad).mean(dim=row_dims(self.weight), keepdim=True)
+            self.weight.grad.addcmul_(self.weight, along, value=-1)  # ‖w‖² = fan_in
 
     def scaled(self, gain: Tensor | float = 1.0) -> Tensor:
         """The weight as it is applied: gain · W / √fan_in."""
@@ -60,11 +68,42 @@ class MPConv(MPWeight):
         return dual.conv2d(x, self.scaled(gain).to(dual.value_of(x).dtype))
 
 
+def row_dims(weight: Tensor) -> tuple[int, ...]:
+    """All dimensions but the outputs'. (No flatten(1): of channels-last weights it is a copy.)"""
+    return tuple(range(1, weight.ndim))
+
+
+def row_rms(weight: Tensor) -> Tensor:
+    """The RMS of each output's weights, of shape (out, 1, …)."""
+    norm = torch.linalg.vector_norm(weight, dim=row_dims(weight), keepdim=True)
+    return norm.div_(math.sqrt(math.prod(weight.shape[1:]))).clamp_(min=1e-20)
+
+
+def mp_weights(net: nn.Module) -> Iterator[tuple[str, MPWeight]]:
+    """The layers of `net` whose weights are kept normalised, with their names."""
+    return ((name, module) for name, module in net.named_modules() if isinstance(module, MPWeight))
+
+
 def normalize_weights(net: nn.Module) -> None:
     """Forced weight normalisation of every layer of `net`; to be called once after each optimizer step."""
-    for module in net.modules():
-        if isinstance(module, MPWeight):
-            module.normalize_()
+    for _, module in mp_weights(net):
+        module.normalize_()
+
+
+def project_gradients(net: nn.Module) -> None:
+    """Leave of the gradients what is perpendicular to the normalised weights; to be called once before each optimizer step."""
+    for _, module in mp_weights(net):
+        module.project_gradient_()
+
+
+@torch.no_grad()
+def normalized(net: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `net` by parameter name with forced normalisation: an average of normalised weights is shorter than they are."""
+    result = dict(weights)
+    for name, _ in mp_weights(net):
+        key = f"{name}.weight"
+        result[key] = weights[key] / row_rms(weights[key])
+    return result
 
 
 def mp_silu(x: Maybe) -> Maybe:

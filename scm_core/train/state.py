@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.ema import PowerEma
+from scm_core.nn.layers import normalized
 from scm_core.train.checkpoint import CheckpointError
 from scm_core.train.schedule import Schedule
 
@@ -76,6 +77,12 @@ class TrainState:
             module.train(mode)
         for other in self.companions.values():
             other.train(mode)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights of `net` by parameter name, normalised as the network needs them. ValueError if the run keeps no average."""
+        if self.ema is None:
+            raise ValueError("ema_sigma_rel: this run keeps no average, got None")
+        return normalized(self.net, self.ema.state())
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, buffers, optimizer moments and averages by name."""

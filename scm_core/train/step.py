@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from scm_core.nn.layers import normalize_weights
+from scm_core.nn.layers import normalize_weights, project_gradients
 from scm_core.objectives import Batch, Objective, Terms
 from scm_core.seeds import derive_seed, generator_for
 from scm_core.train.state import TrainState
@@ -33,6 +33,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     terms = objective(batch, generator_for(settings.seed, "step", state.iteration), state.iteration)
     terms.loss.backward()
+    project_gradients(state.net)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     finite = bool(torch.isfinite(norm) & torch.isfinite(terms.loss))

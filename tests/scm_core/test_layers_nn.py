@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Magnitude-preserving layers, adaptive double normalisation and embeddings against their formulas (§4.1, App. G)."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from scm_core.nn.layers import (
     mp_cat,
     mp_silu,
     normalize_weights,
+    normalized,
     random_dropout,
     self_attention,
 )
@@ -97,6 +99,34 @@ def test_gradient_flows_to_the_weight_as_it_is_applied() -> None:
     assert layer.weight.grad is not None
     torch.testing.assert_close(layer.weight.grad, (0.7 * x.sum(0) / 4).expand(3, 16), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gain.grad, (x @ layer.weight.T / 4).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer", [MPLinear(16, 3), MPConv(4, 5, 3), MPConv(6, 7, 3).to(memory_format=torch.channels_last)]
+)  # type: ignore[call-overload]
+def test_projected_gradient_is_that_of_a_normalisation_in_the_forward(layer: MPWeight) -> None:
+    """EDM2's own way: normalise the weight in the forward and let autograd differentiate through it."""
+    layer = copy.deepcopy(layer).double()
+    layer.normalize_()
+    x = normal(5, 16, seed=0) if isinstance(layer, MPLinear) else normal(5, layer.weight.shape[1], 4, 4, seed=0)
+    layer(x).square().sum().backward()
+    layer.project_gradient_()
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    rows = weight.flatten(1)
+    applied = (rows / rows.norm(dim=1, keepdim=True)).view_as(weight)  # = w/√fan_in of a normalised weight
+    y = x @ applied.T if isinstance(layer, MPLinear) else torch.nn.functional.conv2d(x, applied, padding=1)
+    y.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_averages_are_normalised_when_taken_into_use() -> None:
+    """The average of normalised weights is shorter; `normalized` gives what `normalize_weights` would, and leaves the rest alone."""
+    net = nn.Sequential(MPLinear(16, 3), nn.Linear(3, 2))
+    shorter = {name: 0.7 * p.detach() for name, p in net.named_parameters()}
+    result = normalized(net, shorter)
+    torch.testing.assert_close(result["0.weight"], net[0].weight.detach())
+    assert all(torch.equal(result[key], shorter[key]) for key in ("1.weight", "1.bias"))
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv1", "conv3", "silu"])
