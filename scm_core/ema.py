@@ -27,8 +27,8 @@ CUTOFF = 1e-13  # relative singular value below which a direction of the profile
 class Average(Protocol):
     """What a training loop needs of an average."""
 
-    def update(self, nimg: int, batch: int) -> None:
-        """After a step that brought the number of images seen to `nimg`, `batch` of them new."""
+    def update(self, nimg: int, batch: int, keep: Tensor | None = None) -> None:
+        """Images seen so far, and since the last update. `keep`, of shape (), is True where the average is to stay as it is."""
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name."""
@@ -48,10 +48,16 @@ class _Ema:
         raise NotImplementedError
 
     @torch.no_grad()
-    def update(self, nimg: int, batch: int) -> None:
-        """After a step that brought the number of images seen to `nimg`, `batch` of them new."""
+    def update(self, nimg: int, batch: int, keep: Tensor | None = None) -> None:
+        """Images seen so far, and since the last update. `keep`, of shape (), is True where the average is to stay as it is."""
         weight = 1 - self.beta(nimg, batch)
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.source.values()], weight)
+        averages, weights = list(self.average.values()), [p.detach() for p in self.source.values()]
+        if keep is None:
+            torch._foreach_lerp_(averages, weights, weight)
+        else:  # not known to the host: one kernel for each parameter, whose share is a tensor
+            share = torch.where(keep, 0.0, weight)
+            for average, p in zip(averages, weights, strict=True):
+                average.lerp_(p, share.to(average.dtype))
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name."""

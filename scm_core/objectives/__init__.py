@@ -21,10 +21,14 @@ class Batch(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The scalar loss to differentiate and the scalars to log (detached, zero-dimensional)."""
+    """The scalar loss to differentiate and the scalars to log (detached, zero-dimensional); for the description of a step that went wrong,
+    the samples' times t and their own contributions to the loss (detached, (B,)), where the objective has them.
+    """
 
     loss: Tensor
     scalars: dict[str, Tensor]
+    t: Tensor | None = None
+    error: Tensor | None = None
 
 
 class Objective(Protocol):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that changes while training, and its form in a checkpoint."""
 
+import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,33 +10,75 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scm_core.ema import PowerEma
+from scm_core.ema import Average, HalfLifeEma, PowerEma
 from scm_core.nn.layers import normalized
 from scm_core.train.checkpoint import CheckpointError
+from scm_core.train.distributed import SINGLE, Ranks
+from scm_core.train.guard import Step
+from scm_core.train.optimizers import Implementation, Name, build_optimizer, local, owners
+from scm_core.train.precision import LossScale, Scaling
 from scm_core.train.schedule import Schedule
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+COUNTERS = ("nimg", "unaveraged", "skipped", "skipped_in_a_row")
+RESULT = "result"  # the average that a run is made for; others are named by their σ_rel
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The numbers of one training run. `lr` is the reference rate of the network, `head_lr` that of the other modules (weighting heads)."""
+    """The numbers of one training run; ValueError for those out of range.
+
+    `batch` is that of all processes together, cut into `accumulation` parts on each. `lr` is the reference rate of the network, `head_lr`
+    that of the other modules (weighting heads). The run's result is the average of width `ema_sigma_rel`, or of half-life `ema_half_life`
+    in images. Averages of the widths `snapshots` are kept beside it and stored every `snapshot_every` iterations, for others to be
+    reconstructed from. `loss_scaling` is for fp16 trunks. `shard_optimizer`: each process keeps a part of the optimizer's moments.
+    """
 
     iterations: int
     batch: int
     lr: float
     seed: int
     schedule: Schedule = field(default_factory=Schedule)
+    optimizer: Name = "adam"
+    implementation: Implementation = "auto"
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     head_lr: float | None = None
+    accumulation: int = 1
+    loss_scaling: Scaling | None = None
+    shard_optimizer: bool = False
     ema_sigma_rel: float | None = None
+    ema_half_life: float | None = None
+    snapshots: tuple[float, ...] = ()
+    snapshot_every: int = 0  # 0: never
     log_every: int = 50
     checkpoint_every: int = 500
     sample_every: int = 0  # 0: never
     patience: int = 20  # non-finite steps in a row that stop the run
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulation", "log_every", "checkpoint_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("iterations", "sample_every", "snapshot_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("lr", "head_lr", "eps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        if self.ema_sigma_rel is not None and self.ema_half_life is not None:
+            raise ValueError(
+                f"ema_half_life: expected one kind of average, got {self.ema_half_life} beside ema_sigma_rel {self.ema_sigma_rel}"
+            )
+        if self.snapshot_every and not self.snapshots:
+            raise ValueError(
+                f"snapshots: expected the widths to store every {self.snapshot_every} iterations, got none"
+            )
+
 
 class TrainState:
-    """The trained modules (`net` first, then heads), the optimizer, the average of `net`, and the counters.
+    """The trained modules (`net` first, then heads), the optimizer, the averages of `net`, and the counters.
 
     `companions` are the states of networks that are trained beside it, in step with it, and kept in its checkpoints (VSD's F_φ).
     """
@@ -45,10 +89,12 @@ class TrainState:
         settings: TrainSettings,
         heads: Mapping[str, nn.Module] | None = None,
         companions: Mapping[str, "TrainState"] | None = None,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.net, self.heads, self.settings = net, dict(heads or {}), settings
+        self.net, self.heads, self.settings, self.ranks = net, dict(heads or {}), settings, ranks
         self.companions = dict(companions or {})
-        if any(other.settings.seed == settings.seed for other in self.companions.values()):
+        seeds = [settings.seed, *(other.settings.seed for other in self.companions.values())]
+        if len(set(seeds)) < len(seeds):
             raise ValueError(
                 f"companions: expected seeds of their own, or they share the noise of seed {settings.seed}"
             )
@@ -57,15 +103,28 @@ class TrainState:
             parameters = [p for head in self.heads.values() for p in head.parameters()]
             groups.append({"params": parameters, "lr": settings.lr if settings.head_lr is None else settings.head_lr})
         self.reference_lr = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=settings.eps, fused=True)
-        # Adam's moments now, not at its first step: a checkpoint has them even if every step so far was skipped
-        for group in groups:
-            for parameter in group["params"]:
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
-                step = torch.zeros((), device=parameter.device)
-                self.optimizer.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        self.ema = PowerEma(net, settings.ema_sigma_rel) if settings.ema_sigma_rel is not None else None
+        self.optimizer = build_optimizer(
+            groups,
+            settings.optimizer,
+            settings.implementation,
+            settings.betas,
+            settings.eps,
+            ranks,
+            settings.shard_optimizer,
+        )
+        self.averages: dict[str, Average] = {}
+        if settings.ema_sigma_rel is not None:
+            self.averages[RESULT] = PowerEma(net, settings.ema_sigma_rel)
+        elif settings.ema_half_life is not None:
+            self.averages[RESULT] = HalfLifeEma(net, settings.ema_half_life)
+        for width in settings.snapshots:
+            self.averages[str(width)] = PowerEma(net, width)
+        device = next(net.parameters()).device
+        self.loss_scale = None if settings.loss_scaling is None else LossScale(settings.loss_scaling, device)
         self.iteration = self.nimg = self.skipped = self.skipped_in_a_row = 0
+        self.unaveraged = 0  # images since the averages' last update
+        self.pending: deque[Step] = deque()  # steps whose verdict is on its way
+        self.descriptions: list[str] = []  # of steps that were not applied, for the log to take
 
     def modules(self) -> dict[str, nn.Module]:
         """The trained modules by name, without the companions'."""
@@ -80,27 +139,67 @@ class TrainState:
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights of `net` by parameter name, normalised as the network needs them. ValueError if the run keeps no average."""
-        if self.ema is None:
+        if RESULT not in self.averages:
             raise ValueError("ema_sigma_rel: this run keeps no average, got None")
-        return normalized(self.net, self.ema.state())
+        return normalized(self.net, self.averages[RESULT].state())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, buffers, optimizer moments and averages by name."""
-        result: dict[str, Tensor] = {}
-        for module_name, module in self.modules().items():
-            result |= {f"{module_name}/{key}": value for key, value in module.state_dict().items()}
-            for key, parameter in module.named_parameters():
-                moments = self.optimizer.state[parameter]
-                result |= {f"optimizer/{module_name}/{key}/{name}": value for name, value in moments.items()}
-        if self.ema is not None:
-            result |= {f"ema/{key}": value for key, value in self.ema.state().items()}
+        """Weights, buffers, optimizer moments, averages and loss scale by name.
+
+        Where the optimizer's state is shared out among processes, all of them must call this, and only the first one's answer is whole.
+        """
+        result = self._own_tensors()
+        moments = local(self.optimizer).state
+        for key, owner in owners(self.optimizer, self.modules(), self.ranks).items():
+            parameter = self._parameter(key)
+            for name in MOMENTS:
+                if owner == self.ranks.rank:
+                    tensor = moments[parameter][name]
+                else:
+                    tensor = torch.empty_like(parameter) if name != "step" else torch.zeros(())
+                result[f"optimizer/{key}/{name}"] = (
+                    self.ranks.to_first(tensor.detach(), owner) if self.sharded else tensor
+                )
         for name, other in self.companions.items():
             result |= {f"companion/{name}/{key}": value for key, value in other.tensors().items()}
         return result
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process has a part of the optimizer's state only."""
+        return local(self.optimizer) is not self.optimizer
+
+    def _parameter(self, key: str) -> nn.Parameter:
+        module, _, name = key.partition("/")
+        return self.modules()[module].get_parameter(name)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """What every process has all of."""
+        result: dict[str, Tensor] = {}
+        for module_name, module in self.modules().items():
+            result |= {f"{module_name}/{key}": value for key, value in module.state_dict().items()}
+        for name, average in self.averages.items():
+            result |= {f"ema/{name}/{key}": value for key, value in average.state().items()}
+        if self.loss_scale is not None:
+            result |= {f"loss_scale/{key}": value for key, value in self.loss_scale.tensors().items()}
+        return result
+
+    def _places(self) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint by name: the one to fill on this process, or one of its shape that another process has."""
+        result = self._own_tensors()
+        moments = local(self.optimizer).state
+        for key in owners(self.optimizer, self.modules(), self.ranks):
+            parameter = self._parameter(key)
+            for name in MOMENTS:
+                other = torch.zeros((), device="meta") if name == "step" else torch.empty_like(parameter, device="meta")
+                result[f"optimizer/{key}/{name}"] = moments[parameter][name] if parameter in moments else other
+        for name, companion in self.companions.items():
+            result |= {f"companion/{name}/{key}": value for key, value in companion._places().items()}
+        return result
+
     def meta(self) -> dict[str, Any]:
-        """The counters, for JSON."""
-        counters = {"nimg": self.nimg, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        """The counters, for JSON. Where everything random is drawn from follows from them and the seed, on every process."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
         if not self.companions:
             return counters
         return {**counters, "companions": {name: other.meta() for name, other in self.companions.items()}}
@@ -108,26 +207,29 @@ class TrainState:
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: str = "checkpoint") -> None:
         """Take the state over from `tensors()` and `meta()` of another one; CheckpointError names the key that does not fit."""
-        own = self.tensors()
-        if missing := sorted(own.keys() - tensors.keys()):
+        places = self._places()
+        if missing := sorted(places.keys() - tensors.keys()):
             raise CheckpointError(
                 f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all); it is of another network or version"
             )
-        if extra := sorted(tensors.keys() - own.keys()):
+        if extra := sorted(tensors.keys() - places.keys()):
             raise CheckpointError(
                 f"{source}: tensor {extra[0]!r} is unknown here ({len(extra)} in all); it is of another network or version"
             )
-        for key, value in own.items():
-            if value.shape != tensors[key].shape:
-                raise CheckpointError(
-                    f"{source}: tensor {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
-                )
-        for key, value in own.items():
-            value.copy_(tensors[key])
+        for key, value in places.items():
+            for what in ("shape", "dtype"):
+                found, expected = getattr(tensors[key], what), getattr(value, what)
+                if found != expected:
+                    shown = (tuple(found), tuple(expected)) if what == "shape" else (found, expected)
+                    raise CheckpointError(f"{source}: tensor {key!r} has {what} {shown[0]}, expected {shown[1]}")
+        for key, value in places.items():
+            if value.device.type != "meta":
+                value.copy_(tensors[key])
         self._count(int(meta["iteration"]), meta)
 
     def _count(self, iteration: int, meta: Mapping[str, Any]) -> None:
-        self.iteration, self.nimg = iteration, int(meta["nimg"])
-        self.skipped, self.skipped_in_a_row = int(meta["skipped"]), int(meta["skipped_in_a_row"])
+        for name in COUNTERS:
+            setattr(self, name, int(meta[name]))
+        self.iteration = iteration
         for name, other in self.companions.items():
             other._count(iteration, meta["companions"][name])

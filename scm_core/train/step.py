@@ -1,60 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step: loss, gradient, guard, Adam, forced weight normalisation, average."""
+"""One training step: loss, gradient, guard, optimizer, forced weight normalisation, average."""
 
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from scm_core.nn.layers import normalize_weights, project_gradients
+from scm_core.nn.layers import project_gradients
 from scm_core.objectives import Batch, Objective, Terms
-from scm_core.seeds import derive_seed, generator_for
+from scm_core.seeds import Shard, derive_seed
+from scm_core.train.distributed import accumulating
+from scm_core.train.guard import NonFiniteError, describe, verdict
 from scm_core.train.state import TrainState
-
-
-class NonFiniteError(Exception):
-    """Too many steps in a row gave a non-finite loss or gradient."""
+from scm_core.train.update import apply_update, set_learning_rate
 
 
 def train_step(
-    state: TrainState, objective: Objective, batch: Batch, companions: Mapping[str, Objective] | None = None
+    state: TrainState,
+    objective: Objective,
+    batch: Batch,
+    companions: Mapping[str, Objective] | None = None,
 ) -> Terms:
-    """Step number `state.iteration`: its randomness is a function of (seed, iteration) alone.
+    """Step number `state.iteration` on this process's part of its batch. Its randomness is a function of (seed, iteration) and of a
+    sample's place in the batch alone; dropout's, of the place of the first sample of each part.
 
     The state's companions make a step of their own first, with their objectives in `companions`.
-    A step whose loss or gradient is not finite changes no weight and no average; it is counted, and `patience` of them in a row raise
-    NonFiniteError. The images count as seen either way, so that the order of the data does not depend on the guard.
+    A step whose loss or gradient is not finite on any process changes no weight and no average; it is counted, and `patience` of them in a
+    row raise NonFiniteError. The images count as seen either way, so that the order of the data does not depend on the guard.
     """
-    scalars: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Tensor] = {}
     for name, other in state.companions.items():
         terms = train_step(other, (companions or {})[name], batch)
         scalars |= {f"{name}/{key}": value for key, value in {"loss": terms.loss, **terms.scalars}.items()}
-    settings = state.settings
-    torch.manual_seed(derive_seed(settings.seed, "dropout", state.iteration))  # the one use of the global generator
-    state.optimizer.zero_grad(set_to_none=True)
-    terms = objective(batch, generator_for(settings.seed, "step", state.iteration), state.iteration)
-    terms.loss.backward()
-    project_gradients(state.net)
-    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    finite = bool(torch.isfinite(norm) & torch.isfinite(terms.loss))
 
-    state.nimg += len(batch.x0)
-    if finite:
-        factor = settings.schedule(state.iteration, settings.iterations)
-        for group, reference in zip(state.optimizer.param_groups, state.reference_lr, strict=True):
-            group["lr"] = reference * factor
-        state.optimizer.step()
-        normalize_weights(state.net)
-        if state.ema is not None:
-            state.ema.update(state.nimg, len(batch.x0))
-        state.skipped_in_a_row = 0
-    else:
+    ranks, terms = state.ranks, gradient(state, objective, batch)
+    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        raise ValueError("objective: expected a loss that depends on the trained weights, got none of their gradients")
+    if state.loss_scale is not None:
+        state.loss_scale.unscale(gradients)
+    project_gradients(state.net)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    found = ranks.largest((~(torch.isfinite(norm) & torch.isfinite(terms.loss))).to(torch.int32))
+    if state.loss_scale is not None:
+        state.loss_scale.update(found)
+        scalars["loss_scale"] = state.loss_scale.scale.clone()
+
+    settle(state)  # the step before, if it was computed on a GPU, which has this one to compute meanwhile
+    images = len(batch.x0) * ranks.count
+    state.nimg += images
+    state.unaveraged += images
+    state.pending.append(verdict(state.iteration, state.unaveraged, found, norm, terms, batch))
+    set_learning_rate(state)
+    apply_update(state, found)
+    state.unaveraged = 0
+    state.iteration += 1
+    if not found.is_cuda:
+        settle(state)
+    return Terms(terms.loss, {**terms.scalars, "grad_norm": norm, "skipped": found, **scalars}, terms.t, terms.error)
+
+
+def gradient(state: TrainState, objective: Objective, batch: Batch) -> Terms:
+    """Put the gradient of the batch's mean loss, scaled, into the weights' `.grad`; the mean loss and scalars of its parts, detached."""
+    settings, iteration, ranks = state.settings, state.iteration, state.ranks
+    own = len(batch.x0)
+    first, total, size = ranks.rank * own, ranks.count * own, own // settings.accumulation
+    if size * settings.accumulation != own:
+        raise ValueError(
+            f"accumulation: expected a divisor of the {own} samples of a process, got {settings.accumulation}"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    done: list[Terms] = []
+    for start in range(0, own, size):
+        part = Batch(*(None if x is None else x[start : start + size] for x in batch)) if size < own else batch
+        at = first + start
+        # the one use of the global generator
+        torch.manual_seed(derive_seed(settings.seed, "dropout", iteration, *([at] if at else [])))
+        draws = Shard(derive_seed(settings.seed, "step", iteration), total, at, size, batch.x0.device)
+        if start + size < own:
+            with accumulating(objective):
+                terms = backward(state, objective(part, draws, iteration))
+        else:
+            terms = backward(state, objective(part, draws, iteration))
+        done.append(terms)
+    return done[0] if len(done) == 1 else mean(done)
+
+
+def backward(state: TrainState, terms: Terms) -> Terms:
+    """Add the gradient of a part's share of the loss, times the loss scale; the terms without their graph."""
+    loss = terms.loss / state.settings.accumulation
+    (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()
+    return terms._replace(loss=terms.loss.detach())
+
+
+def mean(parts: list[Terms]) -> Terms:
+    """The terms of a batch from those of its equal parts."""
+    loss = torch.stack([terms.loss for terms in parts]).mean()
+    scalars = {key: torch.stack([terms.scalars[key] for terms in parts]).mean() for key in parts[0].scalars}
+    t, error = ([getattr(terms, name) for terms in parts] for name in ("t", "error"))
+    return Terms(loss, scalars, None if t[0] is None else torch.cat(t), None if error[0] is None else torch.cat(error))
+
+
+def settle(state: TrainState) -> None:
+    """Wait for the verdicts that are on their way and count them; NonFiniteError after `patience` bad ones in a row."""
+    settings = state.settings
+    for other in state.companions.values():
+        settle(other)
+    while state.pending:
+        step = state.pending.popleft()
+        if not step.bad():
+            state.skipped_in_a_row = 0
+            continue
         state.skipped += 1
         state.skipped_in_a_row += 1
+        state.unaveraged += step.images
+        state.descriptions.append(describe(step))
         if state.skipped_in_a_row >= settings.patience:
             raise NonFiniteError(
-                f"iteration {state.iteration}: loss {terms.loss.item()}, gradient norm {norm.item()}: {settings.patience} steps in a "
-                f"row were not finite; lower the learning rate (now {settings.lr}) or look at samples {batch.indices.tolist()[:8]} …"
+                f"{state.descriptions[-1]}: {settings.patience} steps in a row were not finite; lower the learning rate "
+                f"(now {settings.lr}) or look at these samples"
             )
-    state.iteration += 1
-    return Terms(terms.loss.detach(), {**terms.scalars, "grad_norm": norm.detach(), **scalars})

@@ -50,5 +50,5 @@ def test_inverse_square_root() -> None:
 
 def test_unknown_rule_is_named() -> None:
     """A rule that does not exist is an error, not a constant."""
-    with pytest.raises(ValueError, match=r"decay.rule: expected constant, linear or inverse_sqrt, got 'cosine'"):
+    with pytest.raises(ValueError, match=r"decay.rule: expected constant, linear, inverse_sqrt, got 'cosine'"):
         Schedule("cosine")(0, 1)  # type: ignore[arg-type]

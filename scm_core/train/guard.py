@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that are not finite: not applied by any process, counted, and described.
+
+On a CPU the verdict over a step is known at once. On a GPU it would have to be waited for; there the update itself looks at it (see
+`scm_core.train.update`), and the host reads it one step later, while the GPU has the next step to compute.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scm_core.objectives import Batch, Terms
+
+SHOWN = 8  # samples named in a description
+
+
+class NonFiniteError(Exception):
+    """Too many steps in a row gave a non-finite loss or gradient."""
+
+
+class Step(NamedTuple):
+    """A step whose verdict is on its way: `found` is 1 if something was not finite on any process, `norm` the gradient's."""
+
+    iteration: int
+    images: int  # those that the averages were told of
+    found: Tensor
+    norm: Tensor
+    terms: Terms
+    batch: Batch
+    ready: torch.cuda.Event | None
+
+    def bad(self) -> bool:
+        """Whether it was not finite; waits for the verdict."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return bool(self.found)
+
+
+def verdict(iteration: int, images: int, found: Tensor, norm: Tensor, terms: Terms, batch: Batch) -> Step:
+    """A step to be judged; from a GPU its verdict starts on its way to the host."""
+    if not found.is_cuda:
+        return Step(iteration, images, found, norm, terms, batch, None)
+    host = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return Step(iteration, images, host, norm, terms, batch, ready)
+
+
+def describe(step: Step) -> str:
+    """What was not finite at a step, with the t and the indices of the samples concerned, those of this process."""
+    loss, norm = float(step.terms.loss), float(step.norm)
+    what = f"iteration {step.iteration}: loss {loss}, gradient norm {norm}"
+    error, t, indices = step.terms.error, step.terms.t, step.batch.indices
+    if t is None:
+        return f"{what}; samples {indices[:SHOWN].tolist()}{' …' if len(indices) > SHOWN else ''}"
+    bad = torch.arange(len(t)) if error is None else (~torch.isfinite(error)).nonzero().flatten().cpu()
+    if not len(bad):
+        return f"{what}; every sample's own error is finite on this process"
+    named = ", ".join(f"{indices[i]} at t = {t[i]:.6g}" for i in bad[:SHOWN].tolist())
+    return f"{what}; {'samples' if error is None else f'{len(bad)} samples not finite:'} {named}{' …' if len(bad) > SHOWN else ''}"
