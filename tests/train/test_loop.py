@@ -135,8 +135,8 @@ def test_killed_inside_a_step_or_a_write(
 
     state, objective = guided_distillation()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(checkpoint_module, "write_tensors", full)
+        with pytest.raises(CheckpointError, match="No space left"):
             train(state, objective, data, store)
     assert state.iteration == 10
     state, objective = guided_distillation()
