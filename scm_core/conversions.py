@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.trigflow import broadcast_time
-from scm_core.validate import check_positive
+from scm_core.validate import EDGE, check_positive, check_times
 
 Prediction = Literal["x0", "epsilon", "velocity", "flow"]
 
@@ -111,19 +111,28 @@ class LinearVPSchedule:
 def to_trigflow(x_s: Tensor, s: Tensor, schedule: Schedule, sigma_data: float) -> tuple[Tensor, Tensor]:
     """(x_t, t) of TrigFlow for x_s (B, …) at the schedule's time s (B,): t = arctan(σ_s/(σ_d α_s)), x_t = x_s σ_d/√(α_s² σ_d² + σ_s²).
 
-    Raises ValueError for sigma_data ≤ 0 or shapes, devices or types of time that do not fit.
+    Raises ValueError for sigma_data ≤ 0, for shapes, devices or types of time that do not fit, and for s outside the schedule, where α_s or
+    σ_s is negative.
     """
     check_positive("sigma_data", sigma_data)
     broadcast_time(s, x_s, "s")
     alpha, sigma = schedule.coefficients(s)
+    t = torch.atan2(sigma, sigma_data * alpha)
+    wrong = ~((t >= 0) & (t <= math.pi / 2 + EDGE))
+    if bool(wrong.any()):
+        raise ValueError(f"s: expected times of the schedule, with α_s, σ_s >= 0, got {s[wrong][0].item():g}")
     factor = sigma_data / torch.hypot(alpha * sigma_data, sigma)
-    return x_s * broadcast_time(factor, x_s), torch.atan2(sigma, sigma_data * alpha)
+    return x_s * broadcast_time(factor, x_s), t
 
 
 def from_trigflow(x_t: Tensor, t: Tensor, schedule: Schedule, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """(x_s, s) of the schedule for x_t (B, …) at t (B,) in radians: the inverse of `to_trigflow`, with its errors."""
+    """(x_s, s) of the schedule for x_t (B, …) at t (B,) in radians: the inverse of `to_trigflow`.
+
+    Raises ValueError for sigma_data ≤ 0, for shapes, devices or types of time that do not fit, and for t outside [0, π/2].
+    """
     check_positive("sigma_data", sigma_data)
     broadcast_time(t, x_t)
+    check_times(t)
     s, alpha, sigma = schedule.at(t, sigma_data)
     factor = torch.hypot(alpha * sigma_data, sigma) / sigma_data
     return x_t * broadcast_time(factor, x_t), s

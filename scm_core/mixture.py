@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.trigflow import broadcast_time
-from scm_core.validate import check_like
+from scm_core.validate import check_device, check_positive
 
 SUBSTEPS = (2, 4, 6, 8, 10, 12)  # of the extrapolated midpoint rule: order 12
 MAX_STEPS = 512  # of `solve`, which doubles their number until the result stands
@@ -24,7 +24,7 @@ class GaussianMixture(nn.Module):
     """p(x0) = Σ_k π_k N(m_k, λ_k² I); called as net(x_t/σ_d, t) it is F of the perfect diffusion model, in the dtype of its input.
 
     `means` (K, D), `std` λ and `weights` π (K,) or one number for all; weights are relative. For σ_d per element see `scaled`.
-    Raises ValueError for other shapes and for numbers that are not positive.
+    Raises ValueError for other shapes and for numbers (sigma_data too) that are not positive.
     """
 
     means: Tensor
@@ -37,10 +37,11 @@ class GaussianMixture(nn.Module):
         super().__init__()
         if means.ndim != 2 or not means.numel():
             raise ValueError(f"means: expected shape (components, dimensions), got {tuple(means.shape)}")
+        check_positive("sigma_data", sigma_data)
         self.sigma_data = sigma_data
         self.register_buffer("means", means.double())
         for name, value in (("std", std), ("weights", weights)):
-            given = torch.as_tensor(value, dtype=torch.float64)
+            given = torch.as_tensor(value, dtype=torch.float64, device=means.device)
             if given.shape not in ((), means.shape[:1]):
                 raise ValueError(f"{name}: expected one number or shape ({len(means)},), got {tuple(given.shape)}")
             if not bool((given > 0).all()):
@@ -60,14 +61,26 @@ class GaussianMixture(nn.Module):
         return cls(centred * factor, raw.std * factor, raw.weights, sigma_data)
 
     def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-        """x0 of shape (count, D)."""
+        """x0 of shape (count, D), on the device of the mixture.
+
+        Raises ValueError for count < 0 and for a generator of another device.
+        """
+        if count < 0:
+            raise ValueError(f"count: expected a number of samples >= 0, got {count}")
+        device = self.means.device
+        if generator.device.type != device.type:
+            raise ValueError(f"generator: expected the device {device} of the mixture, got {generator.device}")
+        if not count:  # torch.multinomial draws one at least
+            return self.means.new_empty(0, self.means.shape[1], dtype=dtype)
         k = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64, device=device)
         return (self.means[k] + self.std[k, None] * noise).to(dtype)
 
     def _components(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """ln π_k N(x_t; cos t m_k, s_k² I) (B, K), s_k² (B, K), and x_t − cos t m_k (B, K, D)."""
-        check_like("x_t", x_t[0], self.means[0], "a mean")
+        if x_t.ndim != 2 or x_t.shape[1] != self.means.shape[1]:
+            raise ValueError(f"x_t: expected shape (B, {self.means.shape[1]}), got {tuple(x_t.shape)}")
+        check_device("x_t", x_t, self.means, "the mixture")
         means, std, weights = (value.to(x_t.dtype) for value in (self.means, self.std, self.weights))
         tb = broadcast_time(t, x_t)
         variance = (torch.cos(tb) * std) ** 2 + (torch.sin(tb) * self.sigma_data) ** 2
@@ -125,7 +138,12 @@ class GaussianMixture(nn.Module):
         return self._components(x0, x0.new_zeros(len(x0)))[0].argmax(dim=1)
 
     def mode_shares(self, x0: Tensor) -> Tensor:
-        """The share of x0 (B, D) in each component over the share of the component, (K,): 1 for the data, 0 for a lost mode."""
+        """The share of x0 (B, D) in each component over the share of the component, (K,): 1 for the data, 0 for a lost mode.
+
+        Raises ValueError for an empty batch, which has no shares.
+        """
+        if not len(x0):
+            raise ValueError("x0: expected at least one point, got 0")
         counts = torch.bincount(self.mode_of(x0), minlength=len(self.means))
         return counts / len(x0) / self.weights
 
@@ -136,7 +154,7 @@ def solve(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: Tensor, e
     The number is doubled until the sample changes by less than `tolerance` in every element, which the last and finer result then is
     far more accurate than. Raises ArithmeticError if 512 steps are not enough.
     """
-    result, left, last, steps = x.clone(), torch.arange(len(x)), x.new_full(x.shape, math.inf), 4
+    result, left, last, steps = x.clone(), torch.arange(len(x), device=x.device), x.new_full(x.shape, math.inf), 4
     while len(left):
         if steps > MAX_STEPS:
             raise ArithmeticError(f"tolerance: {tolerance:g} is not reached in {MAX_STEPS} steps")

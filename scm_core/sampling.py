@@ -27,7 +27,7 @@ from scm_core.solvers import (
     time_grid,
 )
 from scm_core.trigflow import consistency_function
-from scm_core.validate import check_descending, check_labels, check_like, check_positive, check_sample
+from scm_core.validate import check_descending, check_dtype, check_labels, check_like, check_positive, check_sample
 
 __all__ = [
     "SOLVERS",
@@ -51,7 +51,7 @@ __all__ = [
 def sample_diffusion(net: Net, z: Tensor, steps: int, sigma_data: float, solver: str = "heun") -> Tensor:
     """x0 from noise z ~ N(0, σ_d² I) of shape (B, …), with `steps` steps on EDM's grid from t_max = arctan(80/σ_d) to 0.
 
-    Raises ValueError for an unknown solver, steps < 1, sigma_data ≤ 0, or z that is not a batch in float32 or float64.
+    Raises ValueError for an unknown solver, steps < 1, sigma_data ≤ 0, z that is not a batch in float32 or float64, or F of another shape.
     """
     diffusion_nfe(solver, steps, guidance=False)
     check_sample("z", z)
@@ -63,32 +63,39 @@ def sample_diffusion(net: Net, z: Tensor, steps: int, sigma_data: float, solver:
 def sample_consistency(
     net: Net,
     z: Tensor,
-    times: Sequence[float],
+    times: Sequence[float] | Tensor,
     sigma_data: float,
     generator: torch.Generator | None = None,
-    noise: Sequence[Tensor] = (),
+    noise: Sequence[Tensor] | Tensor = (),
 ) -> Tensor:
     """x0 from noise z ~ N(0, σ_d² I) of shape (B, …) by consistency sampling at descending `times` (§5.2): one step for each.
 
     Starts at x = sin(t_max) z and at each further time t re-noises, x_t = cos(t) x̂0 + sin(t) z', with z' from `noise` (one tensor for each
-    further time) or drawn with `generator`. Times are in radians. Raises ValueError for times that do not descend within (0, π/2],
-    sigma_data ≤ 0, z that is not a batch in float32 or float64, or noise unlike z.
+    further time, or all of them in one) or drawn with `generator`; without either, with torch's default generator, which the caller then
+    has to seed. Times are in radians, in a sequence or a tensor of shape (steps,).
+
+    Raises ValueError for times that do not descend within (0, π/2], sigma_data ≤ 0, z that is not a batch in float32 or float64, noise
+    unlike z, or F of another shape.
     """
-    check_descending("times", times)
+    if isinstance(times, Tensor) and times.ndim != 1:
+        raise ValueError(f"times: expected shape (steps,), got {tuple(times.shape)}")
+    steps, given = [float(t) for t in times], tuple(noise)
+    check_descending("times", steps)
     check_sample("z", z)
     check_positive("sigma_data", sigma_data)
-    if noise and len(noise) != len(times) - 1:
+    if given and len(given) != len(steps) - 1:
         raise ValueError(
-            f"noise: expected {len(times) - 1} tensors, one for each time after the first, got {len(noise)}"
+            f"noise: expected {len(steps) - 1} tensors, one for each time after the first, got {len(given)}"
         )
-    for i, fresh in enumerate(noise):
+    for i, fresh in enumerate(given):
         check_like(f"noise[{i}]", fresh, z, "z")
-    x = math.sin(times[0]) * z
-    for i, t in enumerate(times):
+        check_dtype(f"noise[{i}]", fresh, z, "z")
+    x = math.sin(steps[0]) * z
+    for i, t in enumerate(steps):
         if i:
             fresh = (
-                noise[i - 1]
-                if noise
+                given[i - 1]
+                if given
                 else sigma_data * torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
             )
             x = math.cos(t) * x + math.sin(t) * fresh
@@ -138,7 +145,7 @@ class Guided:
         if guidance is None:
             pass
         elif student:
-            if getattr(net, "embed_guidance", net) is None:  # networks that say so; others may refuse when called
+            if not getattr(net, "guidance_input", True):  # networks that say so; others may refuse when called
                 raise ValueError(
                     f"guidance: expected None, as the network was built without a guidance input, got {guidance}"
                 )

@@ -13,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from scm_core.trigflow import SIGMA_MAX, SIGMA_MIN, t_max
-from scm_core.validate import check_grid, check_positive, check_sample
+from scm_core.validate import check_grid, check_like, check_positive, check_sample
 
 Net = Callable[[Tensor, Tensor], Tensor]
 Solver = Callable[[Net, Tensor, Sequence[float], float], Tensor]
@@ -50,8 +50,10 @@ def segment_times(segments: int, sigma_data: float) -> list[float]:
 
 
 def _evaluate(net: Net, x_t: Tensor, t: float, sigma_data: float) -> Tensor:
-    """σ_d F(x_t/σ_d, t) = dx_t/dt."""
-    return sigma_data * net(x_t / sigma_data, x_t.new_full((x_t.shape[0],), t))
+    """σ_d F(x_t/σ_d, t) = dx_t/dt; ValueError for an F that is not of the shape of x_t."""
+    F = net(x_t / sigma_data, x_t.new_full((x_t.shape[0],), t))
+    check_like("F", F, x_t, "x_t")
+    return sigma_data * F
 
 
 def _rotate(x_s: Tensor, v_s: Tensor, s: float, t: float) -> Tensor:
@@ -79,7 +81,8 @@ def ddim(net: Net, x: Tensor, times: Sequence[float], sigma_data: float) -> Tens
     """First-order solver; NFE = number of steps. `times` in radians may start at π/2, where the signal is zero.
 
     x of shape (B, …) is x_t at the first of the descending `times`; the result is x_t at the last one, ≥ 0. Raises ValueError for times
-    that do not descend within [0, π/2], x of another type than float32 or float64, or sigma_data ≤ 0; so do all solvers.
+    that do not descend within [0, π/2], x of another type than float32 or float64, sigma_data ≤ 0, or F of another shape than x; so do all
+    solvers.
     """
     _check(x, times, sigma_data)
     for s, t in pairwise(times):

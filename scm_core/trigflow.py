@@ -3,7 +3,8 @@
 
 Times t are radians in [0, π/2]; x0 has standard deviation sigma_data per element and so has the noise z ~ N(0, sigma_data² I).
 A network F(x_t / sigma_data, t) has unit-variance input and output; every function here takes the *tensor* F. All raise ValueError for
-tensors whose shapes or devices do not match and for t in half precision; none looks at values, so that all are free within a step.
+tensors whose shapes or devices do not match, for times and noise levels in half precision, and for Python numbers out of range; none looks
+at the values of tensors, so that all are free within a step.
 """
 
 import math
@@ -34,15 +35,35 @@ def broadcast_time(t: Tensor, x: Tensor, name: str = "t") -> Tensor:
 
 
 def sigma_to_t(sigma: Tensor | float, sigma_data: float) -> Tensor:
-    """EDM noise level σ ≥ 0 to TrigFlow time: t = arctan(σ / σ_d) (App. B)."""
+    """EDM noise level σ ≥ 0 to TrigFlow time in radians: t = arctan(σ / σ_d) (App. B).
+
+    A tensor gives one of its shape and dtype, a Python number a zero-dimensional float64 one.
+    Raises ValueError for sigma_data ≤ 0, a tensor that is neither float32 nor float64, and a number that is not ≥ 0.
+    """
     check_positive("sigma_data", sigma_data)
-    return torch.atan(torch.as_tensor(sigma) / sigma_data)
+    if isinstance(sigma, Tensor):
+        check_time_dtype(sigma, "sigma")
+    elif not sigma >= 0:
+        raise ValueError(f"sigma: expected a noise level >= 0, got {sigma}")
+    else:
+        sigma = torch.tensor(sigma, dtype=torch.float64)
+    return torch.atan(sigma / sigma_data)
 
 
 def t_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
-    """TrigFlow time t in [0, π/2) to the EDM noise level: σ = σ_d tan t (App. B)."""
+    """TrigFlow time t in [0, π/2), in radians, to the EDM noise level: σ = σ_d tan t (App. B).
+
+    A tensor gives one of its shape and dtype, a Python number a zero-dimensional float64 one.
+    Raises ValueError for sigma_data ≤ 0, a tensor that is neither float32 nor float64, and a number outside [0, π/2).
+    """
     check_positive("sigma_data", sigma_data)
-    return sigma_data * torch.tan(torch.as_tensor(t))
+    if isinstance(t, Tensor):
+        check_time_dtype(t)
+    elif not 0 <= t < math.pi / 2:
+        raise ValueError(f"t: expected a time in [0, π/2) radians, where σ is finite, got {t}")
+    else:
+        t = torch.tensor(t, dtype=torch.float64)
+    return sigma_data * torch.tan(t)
 
 
 def t_max(sigma_data: float) -> float:
@@ -52,7 +73,7 @@ def t_max(sigma_data: float) -> float:
 
 
 def diffuse(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """x_t = cos(t) x0 + sin(t) z (Eq. 4); x0, z of shape (B, …), t of shape (B,)."""
+    """x_t = cos(t) x0 + sin(t) z (§3); x0, z of shape (B, …), t of shape (B,)."""
     check_like("z", z, x0, "x0")
     t = broadcast_time(t, x0)
     return torch.cos(t) * x0 + torch.sin(t) * z
@@ -66,7 +87,7 @@ def velocity(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 def consistency_function(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Tensor:
-    """f(x_t, t) = cos(t) x_t − sin(t) σ_d F; f(x, 0) = x by construction (Eq. 5). F is the tensor F(x_t/σ_d, t)."""
+    """f(x_t, t) = cos(t) x_t − sin(t) σ_d F; f(x, 0) = x by construction (§4). F is the tensor F(x_t/σ_d, t)."""
     check_like("F", F, x_t, "x_t")
     t = broadcast_time(t, x_t)
     return torch.cos(t) * x_t - torch.sin(t) * sigma_data * F
@@ -84,10 +105,17 @@ def noise_prediction(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Te
     return torch.sin(t) * x_t + torch.cos(t) * sigma_data * F
 
 
-def sample_times(batch: int, P_mean: float, P_std: float, sigma_data: float, generator: torch.Generator) -> Tensor:
-    """Draw t = arctan(e^τ / σ_d), τ ~ N(P_mean, P_std²), of shape (batch,), float32, on the generator's device (§4.2).
+def sample_times(
+    batch: int,
+    P_mean: float,
+    P_std: float,
+    sigma_data: float,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw t = arctan(e^τ / σ_d), τ ~ N(P_mean, P_std²), of shape (batch,), on the generator's device (§4.2).
 
-    P_mean and P_std are in units of ln σ, as in EDM.
+    P_mean and P_std are in units of ln σ, as in EDM; t in radians.
     """
-    tau = P_mean + P_std * normal(generator, batch)
+    tau = P_mean + P_std * normal(generator, batch, dtype=dtype)
     return torch.atan(torch.exp(tau) / sigma_data)

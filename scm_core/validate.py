@@ -47,12 +47,18 @@ def check_time_dtype(t: Tensor, name: str = "t") -> None:
         )
 
 
-def check_times(t: Tensor) -> None:
+def check_dtype(name: str, value: Tensor, reference: Tensor, reference_name: str) -> None:
+    """ValueError unless `value` has the dtype of `reference`."""
+    if value.dtype != reference.dtype:
+        raise ValueError(f"{name}: expected the type {reference.dtype} of {reference_name}, got {value.dtype}")
+
+
+def check_times(t: Tensor, name: str = "t") -> None:
     """ValueError unless every t is a TrigFlow time, 0 ≤ t ≤ π/2 radians, in float32 or float64."""
-    check_time_dtype(t)
+    check_time_dtype(t, name)
     wrong = ~((t >= 0) & (t <= math.pi / 2 + EDGE))
     if bool(wrong.any()):
-        raise ValueError(f"t: expected times in [0, π/2] radians, got {t[wrong][0].item():g}")
+        raise ValueError(f"{name}: expected times in [0, π/2] radians, got {t[wrong][0].item():g}")
 
 
 def check_labels(labels: Tensor, count: int) -> None:
@@ -76,15 +82,27 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
+def check_finite(name: str, value: float) -> None:
+    """ValueError unless a number is finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """ValueError unless a number is in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+
 def check_descending(name: str, times: Sequence[float]) -> None:
-    """ValueError unless `times` are finite and descend strictly within (0, π/2]."""
-    inside = all(math.isfinite(t) and 0 < t <= math.pi / 2 for t in times)
-    if not times or not inside or any(a <= b for a, b in pairwise(times)):
+    """ValueError unless `times` are finite and descend strictly within (0, π/2], up to float32's rounding of π/2."""
+    inside = all(0 < t <= math.pi / 2 + EDGE for t in times)
+    if not len(times) or not inside or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"{name}: expected descending numbers in (0, π/2], got {tuple(times)}")
 
 
 def check_grid(name: str, times: Sequence[float]) -> None:
     """ValueError unless `times` are two or more finite numbers that descend strictly within [0, π/2]: the ends of a solver's steps."""
-    inside = all(math.isfinite(t) and 0 <= t <= math.pi / 2 for t in times)
+    inside = all(0 <= t <= math.pi / 2 + EDGE for t in times)
     if len(times) < 2 or not inside or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"{name}: expected two or more descending numbers in [0, π/2], got {tuple(times)}")

@@ -120,4 +120,4 @@ class LogVarHead(nn.Module):
         self.bias = nn.Parameter(torch.tensor(float(bias)))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.embed(t) @ self.weight / self.weight.numel() ** 0.5 + self.bias
+        return self.embed(t).to(self.weight.dtype) @ self.weight / self.weight.numel() ** 0.5 + self.bias

@@ -4,12 +4,14 @@
 `scm_core.objectives.methods` lists the students' methods by name.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from scm_core.seeds import normal
+from scm_core.validate import check_finite, check_like, check_positive, check_sample
 
 
 class Batch(NamedTuple):
@@ -53,14 +55,20 @@ class Method(NamedTuple):
     companions: Mapping[str, Companion]
 
 
-def adaptive_weighting(squared_error: Tensor, logvar: Tensor | None) -> Tensor:
-    """mean over the batch of e^{w(t)} · error − w(t) (App. D); both of shape (B,), error already divided by D.
+def weighted(squared_error: Tensor, logvar: Tensor | None) -> Tensor:
+    """e^{w(t)} · error − w(t) of each sample (App. D), or the error as it is (`logvar=None`); all of shape (B,), the error divided by D.
 
-    `logvar=None`: without adaptive weighting, the mean of the error (Figure 5b).
+    Raises ValueError for a weight of another shape or device than the error.
     """
     if logvar is None:
-        return squared_error.mean()
-    return (torch.exp(logvar) * squared_error - logvar).mean()
+        return squared_error
+    check_like("logvar", logvar, squared_error, "squared_error")
+    return torch.exp(logvar) * squared_error - logvar
+
+
+def adaptive_weighting(squared_error: Tensor, logvar: Tensor | None) -> Tensor:
+    """The mean of `weighted` over the batch; without adaptive weighting (`logvar=None`, Figure 5b) the mean of the error."""
+    return weighted(squared_error, logvar).mean()
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -68,7 +76,13 @@ def mean_square(x: Tensor) -> Tensor:
     return x.float().square().flatten(1).mean(dim=1) if x.dtype != torch.float64 else x.square().flatten(1).mean(dim=1)
 
 
-def check_positive(name: str, value: float) -> None:
-    """ValueError unless an option is a finite number > 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+def noise_like(x0: Tensor, sigma_data: float, generator: torch.Generator) -> Tensor:
+    """z ~ N(0, σ_d² I) of the shape and type of x0 (B, …), on the generator's device; ValueError unless x0 is in float32 or float64."""
+    check_sample("x0", x0)
+    return normal(generator, *x0.shape, dtype=x0.dtype) * sigma_data
+
+
+def check_proposal(P_mean: float, P_std: float, prefix: str = "") -> None:
+    """ValueError unless P_mean is finite and P_std > 0, the mean and standard deviation of ln σ; their names begin with `prefix`."""
+    check_finite(f"{prefix}P_mean", P_mean)
+    check_positive(f"{prefix}P_std", P_std)

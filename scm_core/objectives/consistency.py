@@ -13,27 +13,39 @@ from scm_core.engines import Engine, Net
 from scm_core.guidance import VelocityFn, data_velocity, sample_guidance, teacher_velocity
 from scm_core.nn.dual import Dual, Maybe
 from scm_core.nn.embedding import LogVarHead
-from scm_core.objectives import Batch, Method, Terms, adaptive_weighting, check_positive, mean_square
-from scm_core.seeds import normal
+from scm_core.objectives import Batch, Method, Terms, check_proposal, mean_square, noise_like, weighted
 from scm_core.tangent import Normalize, Tangent, tangent
 from scm_core.trigflow import diffuse, sample_times, velocity
+from scm_core.validate import check_like, check_positive
+
+
+def scm_losses(F: Tensor, F_minus: Tensor, g: Tensor, logvar: Tensor | None) -> Tensor:
+    """e^{w(t)}/D · ‖F − F⁻ − g‖² − w(t) of each sample, (B,) (§4.2, Algorithm 1); its gradient is −2 e^w/D · g ∂F/∂θ.
+
+    F, F⁻ and g of shape (B, …), w of shape (B,) or None (no adaptive weighting). Raises ValueError for other shapes.
+    """
+    check_like("F_minus", F_minus, F, "F")
+    check_like("g", g, F, "F")
+    return weighted(mean_square(F - F_minus - g), logvar)
 
 
 def scm_loss(F: Tensor, F_minus: Tensor, g: Tensor, logvar: Tensor | None) -> Tensor:
-    """e^{w(t)}/D · ‖F − F⁻ − g‖² − w(t), averaged over the batch (Eq. 8 of the paper's §4.2); its gradient is −2 e^w/D · g ∂F/∂θ.
-
-    F, F⁻ and g of shape (B, …), w of shape (B,) or None (no adaptive weighting).
-    """
-    return adaptive_weighting(mean_square(F - F_minus - g), logvar)
+    """The mean of `scm_losses` over the batch, the loss of Algorithm 1."""
+    return scm_losses(F, F_minus, g, logvar).mean()
 
 
 class ConsistencyObjective:
     """Algorithm 1. `velocity_fn` is `data_velocity` (sCT) or `teacher_velocity(teacher)` (sCD).
 
-    `logvar` is the head of the adaptive weighting, or None. `guidance` is the range of the scale s ~ U[low, high] for a student with
-    a guidance input, or None. `warmup` is H, in iterations. Discrete-time and multistep methods override `times` and `tangent`.
+    `logvar` is the head of the adaptive weighting, t (B,) → w (B,), or None. The proposal is ln(σ_d tan t) ~ N(P_mean, P_std²): both are in
+    units of ln σ. `warmup` is H, in iterations (0: none). `normalize`: the tangent g becomes g/(‖g‖ + c) ("norm"), is clipped to [−1, 1]
+    ("clip") or stays ("none"); c > 0 is in the units of g, those of the data. `guidance` is the range (low, high) of the scale
+    s ~ U[low, high] for a student with a guidance input and a teacher, or None. `engine` computes the derivative: see
+    `scm_core.engines.value_and_jvp`. Discrete-time and multistep methods override `times` and `tangent`.
 
-    Raises ValueError for options out of range.
+    Called with x0 of shape (B, …) in float32 or float64, in which all of a step's numbers then are, labels (B,) or None.
+    Raises ValueError for options out of range, guidance for the data's velocity or for a network that says it has no guidance input, and,
+    when called, for x0 of another type.
     """
 
     def __init__(
@@ -50,20 +62,26 @@ class ConsistencyObjective:
         guidance: tuple[float, float] | None = None,
         engine: Engine = "auto",
     ) -> None:
-        check_positive("P_std", P_std)
+        check_positive("sigma_data", sigma_data)
+        check_proposal(P_mean, P_std)
         check_positive("c", c)
         if warmup < 0:
             raise ValueError(f"warmup: expected a number of iterations >= 0, got {warmup}")
         if normalize not in get_args(Normalize):
             raise ValueError(f"normalize: expected 'norm', 'clip' or 'none', got {normalize!r}")
+        if engine not in get_args(Engine):
+            raise ValueError(f"engine: expected 'auto', 'dual', 'func' or 'finite_difference', got {engine!r}")
         check_guidance(guidance)
+        check_guidance_input(net, guidance)
+        if velocity_fn is data_velocity:
+            without_guidance(guidance)
         self.net, self.logvar, self.velocity_fn, self.sigma_data = net, logvar, velocity_fn, sigma_data
         self.P_mean, self.P_std, self.warmup, self.normalize, self.c = P_mean, P_std, warmup, normalize, c
         self.guidance, self.engine = guidance, engine
 
-    def times(self, batch: int, generator: torch.Generator) -> Tensor:
+    def times(self, batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """t of shape (batch,) from the proposal."""
-        return sample_times(batch, self.P_mean, self.P_std, self.sigma_data, generator)
+        return sample_times(batch, self.P_mean, self.P_std, self.sigma_data, generator, dtype)
 
     def tangent(self, net: Net, x_t: Tensor, t: Tensor, dxdt: Tensor, r: float) -> Tangent:
         """F and the direction g that it is to move in."""
@@ -71,9 +89,9 @@ class ConsistencyObjective:
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         x0, labels = batch.x0, batch.labels
-        z = normal(generator, *x0.shape) * self.sigma_data
-        t = self.times(len(x0), generator)
-        s = sample_guidance(len(x0), *self.guidance, generator) if self.guidance else None
+        z = noise_like(x0, self.sigma_data, generator)
+        t = self.times(len(x0), generator, x0.dtype)
+        s = sample_guidance(len(x0), *self.guidance, generator, x0.dtype) if self.guidance else None
         x_t = diffuse(x0, z, t)
         dxdt = self.velocity_fn(x_t, t, velocity(x0, z, t), labels, s)
         r = min(1.0, iteration / self.warmup) if self.warmup else 1.0
@@ -82,15 +100,17 @@ class ConsistencyObjective:
         scalars = {"tangent_norm": norm.mean(), "tangent_norm_max": norm.max()}
         if logvar is not None:
             scalars["logvar"] = logvar.detach().mean()
-        return Terms(scm_loss(F, F.detach(), g, logvar), scalars)
+        losses = scm_losses(F, F.detach(), g, logvar)
+        return Terms(losses.mean(), scalars, t, losses.detach())
 
 
 class Conditioned:
-    """net(·, ·, labels, guidance) as a function of (x, t), with the network's own way to carry tangents."""
+    """net(·, ·, labels, guidance) as a function of (x, t), with the network's own way to carry tangents and its trunk's format."""
 
     def __init__(self, net: nn.Module, labels: Tensor | None, guidance: Tensor | None) -> None:
         self.call = partial(net, labels=labels, guidance=guidance)
         self.supports_dual = getattr(net, "supports_dual", False)
+        self.trunk = getattr(net, "trunk", None)
 
     def __call__(self, x: Maybe, t: Maybe) -> Tensor | Dual:
         return self.call(x, t)
@@ -152,6 +172,14 @@ def without_guidance(guidance: tuple[float, float] | None) -> None:
     """ValueError for guidance scales where there is no teacher to guide."""
     if guidance is not None:
         raise ValueError(f"guidance: this method follows the data, not a teacher that could be guided, got {guidance}")
+
+
+def check_guidance_input(net: nn.Module, guidance: tuple[float, float] | None) -> None:
+    """ValueError for guidance scales where the student says (`guidance_input`) that it has no input for them."""
+    if guidance is not None and not getattr(net, "guidance_input", True):
+        raise ValueError(
+            f"guidance: expected None, as the network was built without a guidance input, got {tuple(guidance)}"
+        )
 
 
 def check_guidance(guidance: tuple[float, float] | None) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Discrete-time consistency models, Algorithm 2: the tangent as a difference quotient over one step of a grid (paper App. E).
 
-With h = t − t' and x_t' = cos(h) x_t − sin(h) dx_t/dt, one DDIM step,
+With the smaller time t' of the pair, h = t − t', and x_t' = cos(h) x_t − sin(h) dx_t/dt, one DDIM step,
 Δ = (f(x_t, t) − f(x_t', t')) / sin(h) = −cos(t') (σ_d F − dx_t/dt) − sin(t') (x_t + (σ_d cos(h) F − σ_d F') / sin(h)),
 which tends to df/dt at first order in h. F = F(x_t/σ_d, t), F' = F(x_t'/σ_d, t').
 """
@@ -15,10 +15,12 @@ from scm_core.engines import Net
 from scm_core.guidance import data_velocity, teacher_velocity
 from scm_core.objectives import Method
 from scm_core.objectives.consistency import ConsistencyObjective, consistency_method, required, without_guidance
+from scm_core.objectives.grid import Ascending, Copies
 from scm_core.sampling import sigma_grid, time_grid
 from scm_core.seeds import uniform
-from scm_core.tangent import Normalize, Tangent, normalize_tangent
+from scm_core.tangent import Normalize, Tangent, check_arguments, normalize_tangent
 from scm_core.trigflow import broadcast_time
+from scm_core.validate import check_dtype, check_like, check_times
 
 
 def interval_times(intervals: int, sigma_data: float) -> Tensor:
@@ -52,7 +54,7 @@ def discrete_tangent(
     net: Net,
     x_t: Tensor,
     t: Tensor,
-    t_next: Tensor,
+    t_prev: Tensor,
     dxdt: Tensor,
     sigma_data: float,
     warmup: float = 1.0,
@@ -61,18 +63,45 @@ def discrete_tangent(
 ) -> Tangent:
     """Algorithm 2: F with its graph, g = cos(t) Δ, normalised, and ‖g‖ before; r = `warmup` stands before the second part of Δ.
 
-    x_t, dxdt of shape (B, …), 0 ≤ t_next < t of shape (B,) in radians. One dropout mask for both passes.
+    x_t, dxdt of shape (B, …), 0 ≤ t' = `t_prev` < t of shape (B,) in radians. One dropout mask for both passes.
+
+    Raises ValueError for times outside [0, π/2] or not in that order, and for all else that `scm_core.tangent.scm_tangent` refuses.
     """
-    tb, end = broadcast_time(t, x_t), broadcast_time(t_next, x_t)
+    check_arguments(x_t, t, dxdt, sigma_data, warmup, c)
+    check_like("t_prev", t_prev, t, "t")
+    check_dtype("t_prev", t_prev, t, "t")
+    check_times(t_prev, "t_prev")
+    wrong = t_prev >= t
+    if bool(wrong.any()):
+        raise ValueError(f"t_prev: expected times below t, got {t_prev[wrong][0]:g} for t = {t[wrong][0]:g}")
+    return difference_tangent(net, x_t, t, t_prev, dxdt, sigma_data, warmup, normalize, c)
+
+
+def difference_tangent(
+    net: Net,
+    x_t: Tensor,
+    t: Tensor,
+    t_prev: Tensor,
+    dxdt: Tensor,
+    sigma_data: float,
+    warmup: float,
+    normalize: Normalize,
+    c: float,
+) -> Tangent:
+    """`discrete_tangent` for a training step: looks at no values, raises ValueError for shapes or devices that do not match."""
+    check_like("dxdt", dxdt, x_t, "x_t")
+    tb, end = broadcast_time(t, x_t), broadcast_time(t_prev, x_t, "t_prev")
     h = tb - end  # without rounding where t ≤ 2 t'
     with torch.no_grad():
-        x_next = torch.cos(h) * x_t - torch.sin(h) * dxdt
-        F_next = pass_before(net, x_next / sigma_data, t_next).to(x_t.dtype)
+        x_prev = torch.cos(h) * x_t - torch.sin(h) * dxdt
+        # sin(t') = 0 takes F' out at t' = 0; a network of ln tan t' has none there, so that it is asked at another time
+        F_prev = pass_before(net, x_prev / sigma_data, torch.where(t_prev > 0, t_prev, t)).to(x_t.dtype)
     F = net(x_t / sigma_data, t)
+    check_like("F", F, x_t, "x_t")
     with torch.no_grad():
         F_minus = F.to(x_t.dtype)  # the arithmetic is never in half precision
         # (cos(h) F − F')/sin(h): the difference of neighbours first, which does not round; 1/sin(h) amplifies F's own roundings alone
-        slope = (F_minus - F_next) / torch.sin(h) - torch.tan(h / 2) * F_minus
+        slope = (F_minus - F_prev) / torch.sin(h) - torch.tan(h / 2) * F_minus
         delta = -torch.cos(end) * (sigma_data * F_minus - dxdt) - warmup * torch.sin(end) * (x_t + sigma_data * slope)
         g, norm = normalize_tangent(torch.cos(tb) * delta, normalize, c)
     return Tangent(F, g, norm)
@@ -88,22 +117,22 @@ class DiscreteObjective(ConsistencyObjective):
         if "engine" in options:
             raise ValueError(f"engine: discrete time takes no derivative, got {options['engine']!r}")
         super().__init__(*arguments, **options)
-        self.grid = interval_times(intervals, self.sigma_data).float()
-        if not bool((self.grid.diff() > 0).all()):
+        grid = interval_times(intervals, self.sigma_data)
+        if not bool((grid.float().diff() > 0).all()):
             raise ValueError(f"intervals: expected few enough for distinct times in float32, got {intervals}")
-        self.below = interval_probabilities(intervals, self.P_mean, self.P_std).cumsum(0)[:-1]
+        self.grid = Ascending(grid)
+        self.below = Copies(interval_probabilities(intervals, self.P_mean, self.P_std).cumsum(0)[:-1])
 
-    def times(self, batch: int, generator: torch.Generator) -> Tensor:
+    def times(self, batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """t of shape (batch,), the upper ends of intervals of the grid."""
-        device = generator.device
-        self.grid, self.below = self.grid.to(device), self.below.to(device)
+        below = self.below.on(generator.device, torch.float64)
         u = uniform(generator, batch, dtype=torch.float64)
-        return self.grid[torch.searchsorted(self.below, u, right=True) + 1]
+        return self.grid.on(generator.device, dtype)[torch.searchsorted(below, u, right=True) + 1]
 
     def tangent(self, net: Net, x_t: Tensor, t: Tensor, dxdt: Tensor, r: float) -> Tangent:
-        """F and the difference quotient to the grid's time before t."""
-        t_next = self.grid[torch.searchsorted(self.grid, t) - 1]
-        return discrete_tangent(net, x_t, t, t_next, dxdt, self.sigma_data, r, self.normalize, self.c)
+        """F and the difference quotient to the grid's time before t > 0; nothing is before t = 0, whose g is not a number."""
+        t_prev = self.grid.before(t)
+        return difference_tangent(net, x_t, t, t_prev, dxdt, self.sigma_data, r, self.normalize, self.c)
 
 
 def dsct(

@@ -14,6 +14,7 @@ from scm_core.engines import Net
 from scm_core.guidance import teacher_velocity
 from scm_core.objectives import Method
 from scm_core.objectives.consistency import ConsistencyObjective, consistency_method, required
+from scm_core.objectives.grid import Ascending
 from scm_core.sampling import segment_times
 from scm_core.tangent import Tangent, tangent
 
@@ -27,12 +28,12 @@ class MultistepObjective(ConsistencyObjective):
     def __init__(self, *arguments: Any, segments: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         boundaries = segment_times(segments, self.sigma_data)
-        self.ends = torch.tensor(boundaries[:0:-1], dtype=torch.float64)  # ascending from 0, without t_max
+        # ascending from 0, without t_max; rounded as the sampler's times are
+        self.ends = Ascending(torch.tensor(boundaries[:0:-1], dtype=torch.float64))
 
     def end(self, t: Tensor) -> Tensor:
         """The lower end s of the segment that t belongs to, s < t ≤ s + t_max/M (times beyond t_max: the last one); (B,) → (B,)."""
-        ends = self.ends.to(t)  # rounded as the sampler's times are
-        return ends[torch.bucketize(t, ends[1:])]
+        return self.ends.before(t)
 
     def tangent(self, net: Net, x_t: Tensor, t: Tensor, dxdt: Tensor, r: float) -> Tangent:
         """F and the direction g towards the consistency function of t's segment."""

@@ -17,14 +17,13 @@ its descent is a descent of the divergences, each with a positive weight.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scm_core.guidance import guided, sample_guidance
+from scm_core.guidance import evaluating, guided, sample_guidance
 from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives import (
     Batch,
@@ -32,14 +31,15 @@ from scm_core.objectives import (
     Method,
     Objective,
     Terms,
-    adaptive_weighting,
-    check_positive,
+    check_proposal,
     mean_square,
+    noise_like,
+    weighted,
 )
-from scm_core.objectives.consistency import check_guidance, required, scd
+from scm_core.objectives.consistency import check_guidance, check_guidance_input, required, scd
 from scm_core.objectives.diffusion import diffusion_loss
-from scm_core.seeds import normal
 from scm_core.trigflow import consistency_function, diffuse, sample_times, t_max, velocity
+from scm_core.validate import check_like, check_positive
 
 Range = tuple[float, float]
 
@@ -51,56 +51,63 @@ def generate(
     labels: Tensor | None = None,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """g_θ(z) = f_θ(sin(t_max) z, t_max), the one-step sample of noise z ~ N(0, σ_d² I) of shape (B, …), with its autograd graph."""
+    """g_θ(z) = f_θ(sin(t_max) z, t_max), the one-step sample of noise z ~ N(0, σ_d² I) of shape (B, …), with its autograd graph.
+
+    labels, guidance of shape (B,), or None. Raises ValueError for sigma_data ≤ 0 and for an F that is not of the shape of z.
+    """
     x, t = math.sin(t_max(sigma_data)) * z, z.new_full(z.shape[:1], t_max(sigma_data))
     return consistency_function(net(x / sigma_data, t, labels, guidance), x, t, sigma_data)
 
 
-def vsd_loss(x0: Tensor, F_teacher: Tensor, F_fake: Tensor, logvar: Tensor | None) -> Tensor:
-    """e^{w(t)}/D ‖x0 − sg(x0) + F_teacher − F_φ‖² − w(t), averaged over the batch (App. C).
+def vsd_losses(x0: Tensor, F_teacher: Tensor, F_fake: Tensor, logvar: Tensor | None) -> Tensor:
+    """e^{w(t)}/D ‖x0 − sg(x0) + F_teacher − F_φ‖² − w(t) of each sample, (B,) (App. C).
 
     x0 = g_θ(z') of shape (B, …) alone has a gradient; F_teacher and F_φ (same shape) are at (x_t/σ_d, t), x_t = cos(t) x0 + sin(t) z;
-    w of shape (B,) or None (no adaptive weighting).
+    w of shape (B,) or None (no adaptive weighting). Raises ValueError for other shapes.
     """
-    return adaptive_weighting(mean_square(x0 - x0.detach() + (F_teacher - F_fake).detach()), logvar)
+    check_like("F_teacher", F_teacher, x0, "x0")
+    check_like("F_fake", F_fake, x0, "x0")
+    return weighted(mean_square(x0 - x0.detach() + (F_teacher - F_fake).detach()), logvar)
 
 
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[nn.Module]:
-    """The network in evaluation mode (no dropout), without gradients; its mode is put back."""
-    mode = net.training
-    net.eval()
-    try:
-        with torch.no_grad():
-            yield net
-    finally:
-        net.train(mode)
+def vsd_loss(x0: Tensor, F_teacher: Tensor, F_fake: Tensor, logvar: Tensor | None) -> Tensor:
+    """The mean of `vsd_losses` over the batch, L_VSD."""
+    return vsd_losses(x0, F_teacher, F_fake, logvar).mean()
 
 
-class Generator:
-    """What both steps of VSD draw: samples x0 = g_θ(z') for the batch's labels and, with a range of scales, for s ~ U[low, high]."""
+class OneStepSampler:
+    """What both steps of VSD draw: samples x0 = g_θ(z') for the batch's labels and, with a range of scales, for s ~ U[low, high].
+
+    Raises ValueError for sigma_data ≤ 0, scales out of order, and scales for a network that says it has no guidance input; when called,
+    for scales without labels and for a batch that is not in float32 or float64.
+    """
 
     def __init__(self, net: nn.Module, sigma_data: float, guidance: Range | None) -> None:
+        check_positive("sigma_data", sigma_data)
         check_guidance(guidance)
+        check_guidance_input(net, guidance)
         self.net, self.sigma_data, self.guidance = net, sigma_data, guidance
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """(x0, s); the batch's own x0 gives no more than its shape."""
+        """(x0 (B, …), s (B,) or None); the batch's own x0 gives no more than its shape and type."""
         if self.guidance and batch.labels is None:
             raise ValueError("guidance: classifier-free guidance needs labels, got labels=None")
-        shape = batch.x0.shape
-        z = normal(generator, *shape) * self.sigma_data
-        s = sample_guidance(shape[0], *self.guidance, generator) if self.guidance else None
+        z = noise_like(batch.x0, self.sigma_data, generator)
+        s = sample_guidance(len(z), *self.guidance, generator, z.dtype) if self.guidance else None
         return generate(self.net, z, self.sigma_data, batch.labels, s), s
 
 
 class FakeObjective:
-    """F_φ's own: the diffusion loss on samples of the generator, detached. With `fake_guidance` it is told the scale that made them."""
+    """F_φ's own: the diffusion loss e^{w(t)}/D ‖σ_d F_φ − v_t‖² − w(t) on samples x0 of the generator, detached (App. C).
+
+    ln(σ_d tan t) ~ N(P_mean, P_std²); `logvar` is F_φ's head. With `fake_guidance` F_φ is told the scale that made the samples.
+    Raises ValueError for a proposal out of range, and when called as `OneStepSampler` does.
+    """
 
     def __init__(
-        self, make: Generator, fake: nn.Module, logvar: nn.Module, P_mean: float, P_std: float, fake_guidance: bool
+        self, make: OneStepSampler, fake: nn.Module, logvar: nn.Module, P_mean: float, P_std: float, fake_guidance: bool
     ) -> None:
-        check_positive("fake_P_std", P_std)
+        check_proposal(P_mean, P_std, "fake_")
         self.make, self.fake, self.logvar, self.fake_guidance = make, fake, logvar, fake_guidance
         self.P_mean, self.P_std = P_mean, P_std
 
@@ -108,19 +115,23 @@ class FakeObjective:
         sigma_data = self.make.sigma_data
         with torch.no_grad():
             x0, s = self.make(batch, generator)
-        z = normal(generator, *x0.shape) * sigma_data
-        t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator)
+        z = noise_like(x0, sigma_data, generator)
+        t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator, x0.dtype)
         told = s if self.fake_guidance else None
         F = self.fake(diffuse(x0, z, t) / sigma_data, t, batch.labels, told)
-        return diffusion_loss(F, velocity(x0, z, t), self.logvar(t), sigma_data)
+        return diffusion_loss(F, velocity(x0, z, t), self.logvar(t), sigma_data)._replace(t=t)
 
 
 class VsdObjective:
-    """L_VSD of the generator: t from the proposal, F_teacher (guided by s where there is a range) against F_φ, neither with dropout."""
+    """L_VSD of the generator (`vsd_losses`): F_teacher, guided by s where there is a range, against F_φ, neither with dropout (App. C).
+
+    ln(σ_d tan t) ~ N(P_mean, P_std²); `logvar` is the head w of L_VSD or None (no adaptive weighting). With `fake_guidance` F_φ is told s.
+    Raises ValueError for a proposal out of range, and when called as `OneStepSampler` does.
+    """
 
     def __init__(
         self,
-        make: Generator,
+        make: OneStepSampler,
         teacher: nn.Module,
         fake: nn.Module,
         logvar: nn.Module | None,
@@ -128,15 +139,15 @@ class VsdObjective:
         P_std: float,
         fake_guidance: bool,
     ) -> None:
-        check_positive("vsd_P_std", P_std)
+        check_proposal(P_mean, P_std, "vsd_")
         self.make, self.teacher, self.fake, self.logvar = make, teacher, fake, logvar
         self.P_mean, self.P_std, self.fake_guidance = P_mean, P_std, fake_guidance
 
     def __call__(self, batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         sigma_data, labels = self.make.sigma_data, batch.labels
         x0, s = self.make(batch, generator)
-        z = normal(generator, *x0.shape) * sigma_data
-        t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator)
+        z = noise_like(x0, sigma_data, generator)
+        t = sample_times(len(x0), self.P_mean, self.P_std, sigma_data, generator, x0.dtype)
         x = diffuse(x0.detach(), z, t) / sigma_data
         with evaluating(self.teacher) as teacher, evaluating(self.fake) as fake:
             if s is None or labels is None:  # without labels there is no s
@@ -148,11 +159,12 @@ class VsdObjective:
         scalars = {"vsd_error": mean_square(F_teacher - F_fake).mean()}
         if logvar is not None:
             scalars["vsd_logvar"] = logvar.detach().mean()
-        return Terms(vsd_loss(x0, F_teacher, F_fake, logvar), scalars)
+        losses = vsd_losses(x0, F_teacher, F_fake, logvar)
+        return Terms(losses.mean(), scalars, t, losses.detach())
 
 
 class SumObjective:
-    """first + weight · second, each with draws of its own (L_sCD + λ L_VSD)."""
+    """first + weight · second, each with draws of its own, also of t (L_sCD + λ L_VSD, App. C)."""
 
     def __init__(self, first: Objective, second: Objective, weight: float) -> None:
         self.first, self.second, self.weight = first, second, weight
@@ -166,17 +178,24 @@ def fake_network(net: nn.Module, teacher: nn.Module, guidance_input: bool) -> nn
     """F_φ at its start, trainable: a copy of the teacher; with `guidance_input` one of the student's form (and dropout), with the teacher's
     weights and a guidance input that is zero again, which is the teacher's function at every scale.
 
-    Raises ValueError if the student has no guidance input or is not of the teacher's architecture.
+    Raises ValueError if the student has no guidance input or is not of the teacher's architecture and size.
     """
     if not guidance_input:
         return copy.deepcopy(teacher).requires_grad_(True)
     fake = copy.deepcopy(net).requires_grad_(True)
-    result = fake.load_state_dict(teacher.state_dict(), strict=False)
-    own = list(result.missing_keys)
-    unknown = [key for key in own if "guidance" not in key] + list(result.unexpected_keys)
-    if unknown or not own:
-        why = f"{unknown[0]} is not in both" if unknown else "the student has no guidance input of its own"
+    student, given = fake.state_dict(), teacher.state_dict()
+    own = [key for key in student if key not in given]
+    unknown = [key for key in own if "guidance" not in key] + [key for key in given if key not in student]
+    sizes = {key: (tuple(student[key].shape), tuple(given[key].shape)) for key in student if key in given}
+    other = [key for key, (mine, its) in sizes.items() if mine != its]
+    if unknown or other or not own:
+        why = "the student has no guidance input of its own"
+        if unknown:
+            why = f"{unknown[0]} is not in both"
+        elif other:
+            why = "{} has shape {}, the teacher's {}".format(other[0], *sizes[other[0]])
         raise ValueError(f"fake_guidance: expected a student that is the teacher and a guidance input; {why}")
+    fake.load_state_dict(given, strict=False)
     with torch.no_grad():  # zero the gain alone, where there is one: gain and weight both at zero would never leave it
         for key in [key for key in own if key.endswith("guidance_gain")] or own:
             fake.get_parameter(key).zero_()
@@ -205,7 +224,7 @@ def vsd(
     Raises ValueError for options out of range, without a teacher, and for `fake_guidance` where the student has no guidance input.
     """
     teacher, told = required(teacher), guidance is not None and fake_guidance
-    make, fake = Generator(net, sigma_data, guidance), fake_network(net, teacher, told)
+    make, fake = OneStepSampler(net, sigma_data, guidance), fake_network(net, teacher, told)
     # Both F are of unit variance: two that know nothing of each other differ by 2 at most, F_φ and the teacher at the start (one network
     # on samples that are near the mean) by less than 1. Bias 0 never overrates the first steps' difference; w follows as it shrinks.
     heads: dict[str, nn.Module] = {"vsd_logvar": LogVarHead(bias=0.0)} if adaptive_weighting else {}

@@ -171,8 +171,8 @@ def test_guidance_needs_labels(name: str) -> None:
     ("option", "value", "message"),
     [
         ("normalize", "l2", "normalize: expected 'norm', 'clip' or 'none', got 'l2'"),
-        ("P_std", 0.0, "P_std: expected a finite number > 0, got 0.0"),
-        ("c", -0.1, "c: expected a finite number > 0, got -0.1"),
+        ("P_std", 0.0, "P_std: expected a positive number, got 0.0"),
+        ("c", -0.1, "c: expected a positive number, got -0.1"),
         ("warmup", -1, "warmup: expected a number of iterations >= 0, got -1"),
     ],
 )

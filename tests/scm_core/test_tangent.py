@@ -164,7 +164,7 @@ def test_single_precision_is_finite_at_both_ends() -> None:
 
 
 def test_loss_gradient_moves_the_output_along_g(point: tuple[Tensor, Tensor, Tensor]) -> None:
-    """∇_θ (e^w/D ‖F − F⁻ − g‖² − w) = −2 e^w/D g·∂F/∂θ, averaged over the batch; for w itself it is e^w/D ‖g‖² − 1 (Eq. 8)."""
+    """∇_θ (e^w/D ‖F − F⁻ − g‖² − w) = −2 e^w/D g·∂F/∂θ, averaged over the batch; for w itself it is e^w/D ‖g‖² − 1 (§4.2)."""
     net, (x_t, t, dxdt) = network(), point
     parameters = list(net.parameters())
     logvar = normal(5, seed=9).requires_grad_()

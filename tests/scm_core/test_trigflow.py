@@ -60,7 +60,7 @@ def test_process_keeps_the_standard_deviation() -> None:
 
 
 def test_boundary_condition() -> None:
-    """f(x, 0) = x whatever the network says (Eq. 5)."""
+    """f(x, 0) = x whatever the network says (§4)."""
     x, F = normal(3, 1, 2, 2, seed=0), 1e6 * normal(3, 1, 2, 2, seed=1)
     assert torch.equal(trigflow.consistency_function(F, x, torch.zeros(3, dtype=F64), SIGMA_DATA), x)
 

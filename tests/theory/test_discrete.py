@@ -80,13 +80,13 @@ NETS = {"gaussian": gaussian_net, "small": small_net()}
 def test_it_is_the_difference_quotient_of_the_consistency_function(own: str, ratio: float) -> None:
     """g = cos(t) (f(x_t, t) − f(x_t', t')) / sin(t − t') with x_t' by one DDIM step, from coarse steps to t' = 0."""
     net, (x_t, dxdt) = NETS[own], points(T)
-    t_next = ratio * T
-    h = wide(T - t_next)
-    x_next = torch.cos(h) * x_t - torch.sin(h) * dxdt
+    t_prev = ratio * T
+    h = wide(T - t_prev)
+    x_prev = torch.cos(h) * x_t - torch.sin(h) * dxdt
     f = consistency_function(net(x_t / SIGMA_DATA, T), x_t, T, SIGMA_DATA)
-    f_next = consistency_function(net(x_next / SIGMA_DATA, t_next), x_next, t_next, SIGMA_DATA)
-    F, g, size = discrete_tangent(net, x_t, T, t_next, dxdt, SIGMA_DATA, normalize="none")
-    torch.testing.assert_close(g, torch.cos(wide(T)) * (f - f_next) / torch.sin(h), rtol=1e-10, atol=1e-12)
+    f_prev = consistency_function(net(x_prev / SIGMA_DATA, t_prev), x_prev, t_prev, SIGMA_DATA)
+    F, g, size = discrete_tangent(net, x_t, T, t_prev, dxdt, SIGMA_DATA, normalize="none")
+    torch.testing.assert_close(g, torch.cos(wide(T)) * (f - f_prev) / torch.sin(h), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(F, net(x_t / SIGMA_DATA, T), rtol=0, atol=0)
     torch.testing.assert_close(size, g.flatten(1).norm(dim=1), rtol=1e-12, atol=0)
 
@@ -114,7 +114,7 @@ def test_it_tends_to_the_continuous_tangent_at_first_order(own: str, normalize: 
 def test_it_vanishes_for_a_single_data_point_at_any_step() -> None:
     """All trajectories of a point mass are circles, which DDIM follows exactly: f = m, and Δ = 0 however coarse the grid."""
     grid = interval_times(8, SIGMA_DATA)
-    t, t_next = grid[1:], grid[:-1]
+    t, t_prev = grid[1:], grid[:-1]
     x_t = diffuse(MEAN.expand(8, *SHAPE), SIGMA_DATA * randn(8, *SHAPE, seed=1), t)
 
     def truth(x: Tensor, t: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_it_vanishes_for_a_single_data_point_at_any_step() -> None:
         return (torch.cos(wide(t)) * SIGMA_DATA * x - MEAN) / (SIGMA_DATA * sin)
 
     dxdt = (torch.cos(wide(t)) * x_t - MEAN) / torch.sin(wide(t))
-    g = discrete_tangent(truth, x_t, t, t_next, dxdt, SIGMA_DATA, normalize="none").g
+    g = discrete_tangent(truth, x_t, t, t_prev, dxdt, SIGMA_DATA, normalize="none").g
     assert g.abs().max() < 1e-9
 
 
@@ -140,16 +140,16 @@ def test_single_precision_on_the_finest_grid() -> None:
     net, rough = small_net(), small_net().float()
     grid = interval_times(4096, SIGMA_DATA).float()
     index = torch.linspace(2, 4096, 64).long()
-    t, t_next = grid[index], grid[index - 1]
+    t, t_prev = grid[index], grid[index - 1]
     x_t, dxdt = (tensor.float() for tensor in points(t.double()))
     exact = discrete_tangent(
-        net, x_t.double(), t.double(), t_next.double(), dxdt.double(), SIGMA_DATA, normalize="none"
+        net, x_t.double(), t.double(), t_prev.double(), dxdt.double(), SIGMA_DATA, normalize="none"
     ).g
-    got = discrete_tangent(rough, x_t, t, t_next, dxdt, SIGMA_DATA, normalize="none").g
+    got = discrete_tangent(rough, x_t, t, t_prev, dxdt, SIGMA_DATA, normalize="none").g
     error = (got.double() - exact).abs().flatten(1).amax(1)
     assert got.dtype == torch.float32
     rounding = 4 * torch.finfo(torch.float32).eps
-    amplified = torch.cos(t) * torch.sin(t_next) / torch.sin(t - t_next)
+    amplified = torch.cos(t) * torch.sin(t_prev) / torch.sin(t - t_prev)
     assert (error < rounding * (1 + amplified)).all()
     assert (amplified > 100).any()
 
@@ -160,23 +160,23 @@ def test_single_precision_on_the_finest_grid() -> None:
 def test_one_dropout_mask_for_both_passes() -> None:
     """With dropout the quotient is the one of a single masked network: the passes seeded alike by hand agree, those seeded apart do not."""
     net, (x_t, dxdt) = small_net(dropout=0.5).train(), points(T)
-    t_next = T * (1 - 1e-4)
-    h = wide(T - t_next)
-    x_next = torch.cos(h) * x_t - torch.sin(h) * dxdt
+    t_prev = T * (1 - 1e-4)
+    h = wide(T - t_prev)
+    x_prev = torch.cos(h) * x_t - torch.sin(h) * dxdt
 
-    def quotient(seed: int, seed_next: int) -> Tensor:
+    def quotient(seed: int, seed_prev: int) -> Tensor:
         torch.manual_seed(seed)
         f = consistency_function(net(x_t / SIGMA_DATA, T), x_t, T, SIGMA_DATA)
-        torch.manual_seed(seed_next)
-        f_next = consistency_function(net(x_next / SIGMA_DATA, t_next), x_next, t_next, SIGMA_DATA)
-        return torch.cos(wide(T)) * (f - f_next) / torch.sin(h)
+        torch.manual_seed(seed_prev)
+        f_prev = consistency_function(net(x_prev / SIGMA_DATA, t_prev), x_prev, t_prev, SIGMA_DATA)
+        return torch.cos(wide(T)) * (f - f_prev) / torch.sin(h)
 
     torch.manual_seed(3)
-    g = discrete_tangent(net, x_t, T, t_next, dxdt, SIGMA_DATA, normalize="none").g
+    g = discrete_tangent(net, x_t, T, t_prev, dxdt, SIGMA_DATA, normalize="none").g
     torch.testing.assert_close(g, quotient(3, 3), rtol=1e-6, atol=1e-9)
     assert (quotient(3, 4) - g).abs().max() > 10  # what two masks would give
     torch.manual_seed(4)
-    other = discrete_tangent(net, x_t, T, t_next, dxdt, SIGMA_DATA, normalize="none").g
+    other = discrete_tangent(net, x_t, T, t_prev, dxdt, SIGMA_DATA, normalize="none").g
     assert (other - g).abs().max() > 1e-3  # a new mask at every step
 
 
@@ -259,19 +259,19 @@ def test_objective_is_algorithm_2(method: str, iteration: int) -> None:
     s = 1 + torch.rand(6, generator=generator) if guided else None
     index = (u[:, None] >= interval_probabilities(intervals, P_MEAN, P_STD).cumsum(0)).sum(1)
     grid = interval_times(intervals, SIGMA_DATA).float()
-    t, t_next = grid[index + 1], grid[index]
+    t, t_prev = grid[index + 1], grid[index]
     x_t = diffuse(x0, z, t)
     with torch.no_grad():
         if method == "dsct":
             dxdt = velocity(x0, z, t)
-            h = wide(t - t_next)  # the DDIM step with v_t is the same x0 and z at t'
+            h = wide(t - t_prev)  # the DDIM step with v_t is the same x0 and z at t'
             step = torch.cos(h) * x_t - torch.sin(h) * dxdt
-            torch.testing.assert_close(step, diffuse(x0, z, t_next), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(step, diffuse(x0, z, t_prev), rtol=1e-5, atol=1e-6)
         else:
             cond, uncond = teacher(x_t / SIGMA_DATA, t, labels), teacher(x_t / SIGMA_DATA, t, None)
             dxdt = SIGMA_DATA * (cond if s is None else uncond + wide(s) * (cond - uncond))
     F, g, _ = discrete_tangent(
-        lambda x, t: net(x, t, labels, s), x_t, t, t_next, dxdt, SIGMA_DATA, min(1, iteration / H), "clip"
+        lambda x, t: net(x, t, labels, s), x_t, t, t_prev, dxdt, SIGMA_DATA, min(1, iteration / H), "clip"
     )
     torch.testing.assert_close(terms.loss, scm_loss(F, F.detach(), g, head(t)), rtol=1e-4, atol=1e-5)
 

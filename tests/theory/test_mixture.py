@@ -252,7 +252,7 @@ def test_one_step_with_the_exact_map_samples_the_data(mixture: GaussianMixture) 
 def test_misuse_is_named(mixture: GaussianMixture) -> None:
     t = torch.full((3,), 0.5, dtype=F64)
     x = torch.zeros(3, 2, dtype=F64)
-    with pytest.raises(ValueError, match=r"x_t: expected the shape \(2,\) of a mean, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"x_t: expected shape \(B, 2\), got \(3, 3\)"):
         mixture(torch.zeros(3, 3, dtype=F64), t)
     with pytest.raises(ValueError, match=r"t: expected shape \(3,\)"):
         mixture(x, t[:2])

@@ -13,7 +13,7 @@ from scm_core.nn.small import SmallNet
 from scm_core.objectives import Batch
 from scm_core.objectives.diffusion import diffusion_loss
 from scm_core.objectives.methods import METHODS
-from scm_core.objectives.vsd import FakeObjective, Generator, VsdObjective, fake_network, generate, vsd_loss
+from scm_core.objectives.vsd import FakeObjective, OneStepSampler, VsdObjective, fake_network, generate, vsd_loss
 from scm_core.train.loop import train
 from scm_core.train.schedule import Schedule
 from scm_core.train.state import TrainSettings, TrainState
@@ -162,7 +162,7 @@ def test_a_wrong_generator_recovers_mean_and_covariance(weighted: bool) -> None:
     """With the optimal F_φ at every step, Adam on L_VSD brings mean and covariance to the data's, with and without e^{w(t)}."""
     net, p = wrong_generator(torch.float32), teacher(torch.float32)
     head = LogVarHead(bias=0.0) if weighted else None
-    make = Generator(net, SIGMA_DATA, None)
+    make = OneStepSampler(net, SIGMA_DATA, None)
     objective = VsdObjective(make, p, ModelOf(net), head, 0.4, 2.0, fake_guidance=False)
     parameters = [*net.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, lr=2e-2, betas=(0.9, 0.99))
@@ -241,7 +241,7 @@ def test_objectives_are_their_formulas(scales: tuple[float, float] | None, fake_
     told = scales is not None and fake_guidance
     fake = small_net(told, 9)
     head, fake_head = LogVarHead(1.3), LogVarHead(0.4)
-    make = Generator(net, SIGMA_DATA, scales)
+    make = OneStepSampler(net, SIGMA_DATA, scales)
     terms = VsdObjective(make, own, fake, head, 0.4, 2.0, told)(images(), torch.Generator().manual_seed(3), 0)
     x0, s, z, t = pieces(net, scales is not None, 0.4, 2.0)
     with torch.no_grad():
@@ -347,16 +347,18 @@ def test_bad_options() -> None:
     shape = (2, 4, 4)
     with pytest.raises(ValueError, match="teacher: this method distils a teacher, got None"):
         METHODS["vsd"](net, None, SIGMA_DATA, shape)
-    with pytest.raises(ValueError, match=r"fake_guidance: .* no guidance input of its own"):
+    with pytest.raises(ValueError, match=r"guidance: expected None, .* without a guidance input, got \(1.0, 2.0\)"):
         METHODS["vsd"](net, own, SIGMA_DATA, shape, guidance=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"fake_guidance: .* no guidance input of its own"):
+        fake_network(net, own, True)
     with pytest.raises(ValueError, match=r"fake_guidance: .*blocks\.1"):
         fake_network(SmallNet(2, 4, labels=3, width=8, blocks=1, guidance_input=True), own, True)
     with pytest.raises(ValueError, match="guidance: expected finite scales"):
         METHODS["vsd"](small_net(True, 5), own, SIGMA_DATA, shape, guidance=(2.0, 1.0))
     for name in ("vsd_P_std", "fake_P_std"):
-        with pytest.raises(ValueError, match=f"{name}: expected a finite number > 0, got 0"):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive number, got 0"):
             METHODS["vsd"](net, own, SIGMA_DATA, shape, **{name: 0.0})
-    with pytest.raises(ValueError, match="vsd_weight: expected a finite number > 0, got -1"):
+    with pytest.raises(ValueError, match="vsd_weight: expected a positive number, got -1"):
         METHODS["scd_vsd"](net, own, SIGMA_DATA, shape, vsd_weight=-1, P_mean=-1.0, P_std=1.4, warmup=0)
     method = METHODS["vsd"](small_net(True, 5), own, SIGMA_DATA, shape, guidance=(1.0, 2.0))
     unlabelled = Batch(torch.zeros(6, *shape), None, torch.arange(6))
