@@ -55,6 +55,12 @@ class Ranks:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=None if x.is_cuda else self.host)
         return x
 
+    def from_first(self, x: Tensor) -> Tensor:
+        """The first process's x, in place of this one's."""
+        if self.count > 1:
+            dist.broadcast(x, 0, group=None if x.is_cuda else self.host)
+        return x
+
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean over the processes of each number; all of them must have the same names."""
         if self.count == 1:
@@ -77,7 +83,8 @@ class Ranks:
             dist.barrier(group=self.host)
 
     def to_first(self, tensor: Tensor, owner: int) -> Tensor:
-        """A tensor of process `owner`, brought to the first one; `tensor` has its shape everywhere, and its values there."""
+        """A tensor of process `owner`, brought to the first one; `tensor` has its shape on both, and its values at the owner."""
+        tensor = tensor.contiguous()
         group = None if tensor.is_cuda else self.host
         if owner != 0 and self.rank == owner:
             dist.send(tensor, 0, group=group)
@@ -132,7 +139,7 @@ def synchronized(objective: Objective, trained: Mapping[str, nn.Module], ranks: 
     if ranks.count == 1:
         return objective
     loss = Loss(trained, objective)
-    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def accumulating(objective: Objective) -> AbstractContextManager[None]:

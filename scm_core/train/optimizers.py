@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizers of the paper's runs: Adam (ImageNet) and RAdam (CIFAR-10), whole or with its state shared out among the processes."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from scm_core.train.distributed import Ranks
 
@@ -70,11 +68,3 @@ def local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's kernel can be told on the device to leave the weights as they are."""
     return bool(local(optimizer).defaults.get("fused"))
-
-
-def owners(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, int]:
-    """The process that has the moments of each parameter, by `module/name`. All processes must call it together."""
-    own = local(optimizer).state
-    named = {f"{m}/{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
-    mine = torch.tensor([ranks.rank if p in own else -1 for p in named.values()])
-    return dict(zip(named, ranks.largest(mine).tolist(), strict=True))

@@ -15,7 +15,7 @@ from scm_core.nn.layers import normalized
 from scm_core.train.checkpoint import CheckpointError
 from scm_core.train.distributed import SINGLE, Ranks
 from scm_core.train.guard import Step
-from scm_core.train.optimizers import Implementation, Name, build_optimizer, local, owners
+from scm_core.train.optimizers import Implementation, Name, build_optimizer, local
 from scm_core.train.precision import LossScale, Scaling
 from scm_core.train.schedule import Schedule
 
@@ -148,51 +148,38 @@ class TrainState:
 
         Where the optimizer's state is shared out among processes, all of them must call this, and only the first one's answer is whole.
         """
-        result = self._own_tensors()
-        moments = local(self.optimizer).state
-        for key, owner in owners(self.optimizer, self.modules(), self.ranks).items():
-            parameter = self._parameter(key)
-            for name in MOMENTS:
-                if owner == self.ranks.rank:
-                    tensor = moments[parameter][name]
-                else:
-                    tensor = torch.empty_like(parameter) if name != "step" else torch.zeros(())
-                result[f"optimizer/{key}/{name}"] = (
-                    self.ranks.to_first(tensor.detach(), owner) if self.sharded else tensor
-                )
-        for name, other in self.companions.items():
-            result |= {f"companion/{name}/{key}": value for key, value in other.tensors().items()}
-        return result
+        places = self._places()
+        for key, owner in self._owners(places).items():
+            if self.ranks.rank in (0, owner):
+                there = places[key]
+                here = torch.empty_like(there, device=self.ranks.device) if there.is_meta else there.detach()
+                places[key] = self.ranks.to_first(here, owner)
+        return places
 
-    @property
-    def sharded(self) -> bool:
-        """Whether this process has a part of the optimizer's state only."""
-        return local(self.optimizer) is not self.optimizer
+    def _owners(self, places: Mapping[str, Tensor]) -> dict[str, int]:
+        """Where the tensors are that the first process lacks."""
+        if self.ranks.count == 1:
+            return {}
+        lacking = torch.tensor([value.is_meta for value in places.values()])
+        owner = self.ranks.largest(torch.where(lacking, -1, self.ranks.rank)).tolist()
+        at_first = self.ranks.from_first(lacking.to(torch.int64)).tolist()
+        return {key: rank for key, rank, missing in zip(places, owner, at_first, strict=True) if missing}
 
-    def _parameter(self, key: str) -> nn.Parameter:
-        module, _, name = key.partition("/")
-        return self.modules()[module].get_parameter(name)
-
-    def _own_tensors(self) -> dict[str, Tensor]:
-        """What every process has all of."""
+    def _places(self) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint by name: this process's, or one of its shape and type, without content, that another one has."""
         result: dict[str, Tensor] = {}
+        moments = local(self.optimizer).state
         for module_name, module in self.modules().items():
             result |= {f"{module_name}/{key}": value for key, value in module.state_dict().items()}
+            for key, parameter in module.named_parameters():
+                own = moments.get(parameter)
+                for name in MOMENTS:
+                    like = torch.zeros((), device="meta") if name == "step" else parameter.detach().to("meta")
+                    result[f"optimizer/{module_name}/{key}/{name}"] = like if own is None else own[name]
         for name, average in self.averages.items():
             result |= {f"ema/{name}/{key}": value for key, value in average.state().items()}
         if self.loss_scale is not None:
             result |= {f"loss_scale/{key}": value for key, value in self.loss_scale.tensors().items()}
-        return result
-
-    def _places(self) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint by name: the one to fill on this process, or one of its shape that another process has."""
-        result = self._own_tensors()
-        moments = local(self.optimizer).state
-        for key in owners(self.optimizer, self.modules(), self.ranks):
-            parameter = self._parameter(key)
-            for name in MOMENTS:
-                other = torch.zeros((), device="meta") if name == "step" else torch.empty_like(parameter, device="meta")
-                result[f"optimizer/{key}/{name}"] = moments[parameter][name] if parameter in moments else other
         for name, companion in self.companions.items():
             result |= {f"companion/{name}/{key}": value for key, value in companion._places().items()}
         return result
@@ -223,7 +210,7 @@ class TrainState:
                     shown = (tuple(found), tuple(expected)) if what == "shape" else (found, expected)
                     raise CheckpointError(f"{source}: tensor {key!r} has {what} {shown[0]}, expected {shown[1]}")
         for key, value in places.items():
-            if value.device.type != "meta":
+            if not value.is_meta:
                 value.copy_(tensors[key])
         self._count(int(meta["iteration"]), meta)
 
