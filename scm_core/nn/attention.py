@@ -10,7 +10,6 @@ the difference then drowns in rounding. No fused kernel of torch has a forward-m
 `chunked` in PyTorch for any device, `triton` (scm_core/nn/flash_jvp.py) on a GPU, where output and tangent come from one pass.
 """
 
-import functools
 import importlib.util
 import math
 from typing import Literal
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from scm_core.nn.dual import Dual, Maybe, value_of
+from scm_core.nn.dual import Dual, Maybe, check_pair, value_of
+from scm_core.validate import HALF
 
 Backend = Literal["auto", "chunked", "triton"]
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]  # of q, k, v; None is zero
@@ -35,15 +35,19 @@ def attention(q: Maybe, k: Maybe, v: Maybe, key_mask: Tensor | None = None, back
 
     q is (B, heads, L, d), k and v are (B, heads, L_k, d), all of one dtype; `key_mask` is (B, L_k), bool, True where a key is attended to.
     A query without any key gives 0. Gives (B, heads, L, d): a pair if any argument is one, where plain tensors are constants. The
-    value keeps its autograd graph, the tangent has none. Tangents may have a wider dtype than values (theirs is kept).
+    value keeps its autograd graph, the tangent has none.
 
     `backend` says how a tangent is computed; plain tensors always go through torch's scaled_dot_product_attention. `auto` is `triton`
-    for CUDA tensors where triton is installed and its kernels are sized for them (MAX_HEAD_DIM), else `chunked`.
+    for CUDA tensors in half precision where triton is installed and its kernels are sized for them (MAX_HEAD_DIM), else `chunked`: in
+    float32 the kernels work without tensor cores in tiles of 16 × 16, and nothing measured says that they are the faster way.
 
-    Raises ValueError for shapes, dtypes or devices that do not match, for another backend, and for `triton` where it cannot run.
+    Raises ValueError for shapes, dtypes or devices that do not match, those of tangents too, for lengths of 0, for another backend, and
+    for `triton` where it cannot run.
     """
     values = (value_of(q), value_of(k), value_of(v))
     _check(*values, key_mask)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tangent(name, x)
     if backend not in ("auto", "chunked", "triton"):
         raise ValueError(f"backend: expected 'auto', 'chunked' or 'triton', got {backend!r}")
     if not (isinstance(q, Dual) or isinstance(k, Dual) or isinstance(v, Dual)):
@@ -66,7 +70,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     """Shapes, dtypes and devices, none of which costs a look at the values."""
     if q.ndim != 4:
         raise ValueError(f"q: expected shape (B, heads, L, d), got {tuple(q.shape)}")
-    b, heads, _, d = q.shape
+    b, heads, length, d = q.shape
+    if not length or not d:
+        raise ValueError(f"q: expected at least one position and one feature, got {tuple(q.shape)}")
     for name, x in (("k", k), ("v", v)):
         if x.ndim != 4 or x.shape[:2] != (b, heads) or x.shape[3] != d or x.shape[2] != k.shape[2]:
             raise ValueError(
@@ -74,6 +80,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
             )
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+    if not k.shape[2]:
+        raise ValueError(f"k: expected at least one position, got {tuple(k.shape)}")
     if key_mask is None:
         return
     if key_mask.dtype != torch.bool or key_mask.shape != (b, k.shape[2]):
@@ -84,19 +92,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
         raise ValueError(f"key_mask: expected device {q.device} like q, got {key_mask.device}")
 
 
+def _check_tangent(name: str, x: Maybe) -> None:
+    """A kernel reads as many elements of a tangent, of the same size, as of its value."""
+    check_pair(name, x)
+    if isinstance(x, Dual) and x.tangent.dtype != x.value.dtype:
+        raise ValueError(f"tangent of {name}: expected the type {x.value.dtype} of its value, got {x.tangent.dtype}")
+
+
 def _triton_fits(q: Tensor) -> bool:
-    return TRITON and q.is_cuda and q.shape[3] <= MAX_HEAD_DIM.get(q.dtype, 0)
+    return TRITON and q.is_cuda and q.dtype in HALF and q.shape[3] <= MAX_HEAD_DIM[q.dtype]
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """The value alone, in whichever kernel torch picks."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def tangent_dtype(tangents: Tangents) -> torch.dtype:
-    """The dtype that holds them all; ẏ has it."""
-    return functools.reduce(torch.promote_types, [t.dtype for t in tangents if t is not None])
 
 
 def chunked_tangent(q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, key_mask: Tensor | None = None) -> Tensor:
@@ -106,7 +116,7 @@ def chunked_tangent(q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, key_mas
     """
     heads, length, d = q.shape[1:]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    result = torch.empty(q.shape, dtype=tangent_dtype(tangents), device=q.device)
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     flat = result.flatten(0, 1)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     tq, tk, tv = (None if t is None else t.flatten(0, 1) for t in tangents)

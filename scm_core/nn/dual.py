@@ -3,8 +3,8 @@
 
 Every function takes plain tensors or `Dual`s. On a `Dual` it applies its operation to the value and the exact linearisation
 to the tangent. The value keeps its autograd graph, so that the same pass serves the training loss; the tangent never has one
-(weights act on it as constants), which is what the stop-gradient θ⁻ of the paper asks for. This costs one forward pass
-more than a plain training step, where `torch.func.jvp` beside a separate training forward costs two or three.
+(weights act on it as constants), which is what the stop-gradient θ⁻ of the paper asks for. By count of operations this costs one forward
+pass more than a plain training step; benchmarks/results/step_cost.md has what it took, beside torch.func.jvp.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from scm_core.validate import HALF
+from scm_core.validate import HALF, check_like
 
 
 class Dual(NamedTuple):
@@ -36,6 +36,12 @@ def value_of(x: Maybe) -> Tensor:
 def tangent_of(x: Maybe) -> Tensor:
     """The tangent of a pair; zeros for a plain tensor, which is a constant."""
     return x.tangent if isinstance(x, Dual) else torch.zeros_like(x)
+
+
+def check_pair(name: str, x: Maybe) -> None:
+    """ValueError, with the argument's `name`, unless a pair's tangent has the shape and the device of its value."""
+    if isinstance(x, Dual):
+        check_like(f"tangent of {name}", x.tangent, x.value, "its value")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -218,9 +224,9 @@ def upsample(x: Maybe) -> Maybe:
     return rearrange(x, nnf.interpolate, None, 2)  # the default mode, nearest
 
 
-def dropout(x: Maybe, mask: Tensor | None) -> Maybe:
-    """x ⊙ mask with one mask for value and tangent (§4.2); the mask already carries 1/(1 − p). None: no dropout."""
-    return x if mask is None else scale(x, mask)
+def dropout(x: Maybe, mask: Tensor) -> Maybe:
+    """x ⊙ mask with one mask for value and tangent (§4.2); the mask already carries 1/(1 − p)."""
+    return scale(x, mask)
 
 
 def weighted_sum(a: Maybe, b: Maybe, weight: float) -> Maybe:

@@ -18,8 +18,7 @@ their product with v. Two things keep that rounding harmless:
   and tile costs one reduction, needs no pass over the tangents beforehand, and loses only what lies 2⁻²⁴ below the row's largest
   entry. bfloat16 has float32's range and needs none.
 
-Tangents of a wider dtype than the values are brought to the values' dtype by one power of two for all of them, which ẏ, being linear in
-them, takes back exactly. A tangent of dtype float16 still has to fit: ẏ beyond 65504 is an infinity in whatever way it is computed.
+A tangent in float16 still has to fit: ẏ beyond 65504 is an infinity in whatever way it is computed.
 
 Importing this module needs triton. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the import).
 """
@@ -29,7 +28,7 @@ Importing this module needs triton. Without a GPU the kernels run in Triton's in
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scm_core.nn.attention import MAX_HEAD_DIM, Tangents, tangent_dtype
+from scm_core.nn.attention import MAX_HEAD_DIM, Tangents
 
 LOG2_E = tl.constexpr(math.log2(math.e))  # the kernels use 2^x, which the hardware has
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -206,22 +205,44 @@ def _backward_keys_kernel(
     _store(GradV + at_k, grad_v, n, column, keys, d)
 
 
+class Tiles(NamedTuple):
+    """How the kernels are compiled: queries and keys per tile, features (a power of two), and how many warps work on a tile."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+def tiles(dtype: torch.dtype, d: int) -> Tiles:
+    """The tiles for values of `dtype` with d features. The sum over a head's features is not split, hence MAX_HEAD_DIM.
+
+    Chosen by what the compiler says, not by time, which no GPU has measured yet. Bytes that ptxas (CUDA 12.8) spills of the forward kernel
+    without a mask, on compute capability 8.0 and 9.0: in float16 120 and 0 up to d = 64, 12 and 0 up to 128, 560 and 424 up to 256; in
+    float32, without tensor cores, 132 and 0 up to 64, 476 and 404 up to 128.
+    """
+    block_d = max(16, triton.next_power_of_2(d))
+    warps = 4 if block_d <= 64 else 8
+    if dtype == torch.float32:
+        return Tiles(16, 16, block_d, warps, stages=1)
+    block_m, block_n = {128: (32, 32), 256: (32, 16)}.get(block_d, (64, 32))
+    return Tiles(block_m, block_n, block_d, warps, stages=2)
+
+
 def _launch(kernel: Any, blocks_of: int, per: str, q: Tensor, k: Tensor, *args: Any, **flags: bool) -> None:
     """Run `kernel` with one program per head and block (`per` names its size) of `blocks_of` rows."""
     b, heads, length, d = q.shape
-    # About the largest tiles for which ptxas spills no registers of the forward kernel, on compute capability 8.0 and 9.0. float32
-    # without tensor cores needs many. The sum over a head's features is not split, hence MAX_HEAD_DIM.
-    block_d = max(16, triton.next_power_of_2(d))
-    block_m, block_n = (16, 16) if q.dtype == torch.float32 else (64, 32) if block_d <= 128 else (32, 16)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    how = tiles(q.dtype, d)
+    blocks = {"BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_D": how.block_d}
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     device = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
     with device:
         kernel[(b * heads * triton.cdiv(blocks_of, blocks[per]),)](
             *args, heads, length, k.shape[2], d, 1 / math.sqrt(d), **flags, **blocks,
             PRECISION="ieee" if exact else "tf32",
-            num_warps=4 if block_d <= 64 else 8,
-            num_stages=1 if q.dtype == torch.float32 else 2,
+            num_warps=how.warps,
+            num_stages=how.stages,
         )  # fmt: skip
 
 
@@ -230,9 +251,9 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, mask: Tensor | None, dtype: torch.dtype
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tangents: Tangents, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        y, tangent = torch.empty_like(q), torch.empty_like(q, dtype=dtype)
+        y, tangent = torch.empty_like(q), torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         # q stands where a kernel wants a pointer that its flags tell it not to read
         pointers = (q, k, v, *(q if t is None else t for t in (*tangents, mask)), y, tangent, lse)
@@ -254,7 +275,7 @@ class _FlashAttention(torch.autograd.Function):
         masked = mask is not None
         _launch(_backward_queries_kernel, q.shape[2], "BLOCK_M", q, k, *pointers, grad_q, MASKED=masked)
         _launch(_backward_keys_kernel, k.shape[2], "BLOCK_N", q, k, *pointers, grad_k, grad_v, MASKED=masked)
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None, None
 
 
 def flash_attention(
@@ -262,7 +283,7 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     """(y, ẏ) of softmax(q kᵀ/√d) v, y with its autograd graph (App. F); shapes as in `attention`, which checks them.
 
-    `tangents` are those of q, k, v; None is a zero tangent. ẏ has their dtype.
+    `tangents` are those of q, k, v, in the same dtype; None is a zero tangent.
 
     Raises ValueError for a dtype other than float16, bfloat16 and float32, d above MAX_HEAD_DIM, or tensors on a device without Triton.
     """
@@ -271,21 +292,6 @@ def flash_attention(
         raise ValueError(f"backend: 'triton' needs {limits}, got {q.dtype} with d = {q.shape[3]}; use 'chunked'")
     if not (q.is_cuda or INTERPRETED.value):
         raise ValueError(f"backend: 'triton' needs CUDA tensors, got {q.device}; use 'chunked' or TRITON_INTERPRET=1")
-    dtype = tangent_dtype(tangents)
-    tangents, factor = _same_dtype(tangents, q.dtype)
     moving = tuple(None if t is None else t.contiguous() for t in tangents)
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    inner = dtype if factor is None else torch.float32
-    y, tangent = _FlashAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), moving, mask, inner)
-    return y, tangent if factor is None else (tangent * factor).to(dtype)
-
-
-def _same_dtype(tangents: Tangents, dtype: torch.dtype) -> tuple[Tangents, Tensor | None]:
-    """The tangents in `dtype`, divided by the returned power of two, which makes the largest about 1; None if they had that dtype."""
-    given = [t for t in tangents if t is not None]
-    if all(t.dtype == dtype for t in given):
-        return tangents, None
-    peak = torch.stack([t.abs().amax().float() for t in given]).amax()
-    factor = torch.exp2(torch.ceil(torch.log2(peak.clamp(min=1e-30))))
-    tq, tk, tv = (None if t is None else (t / factor).to(dtype) for t in tangents)
-    return (tq, tk, tv), factor
+    return _FlashAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), moving, mask)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.nn import dual
-from scm_core.nn.dual import Maybe, value_of
+from scm_core.nn.dual import Maybe, check_pair, value_of
 from scm_core.nn.embedding import PositionalEmbedding
 from scm_core.nn.layers import MPLinear, mp_silu
 from scm_core.nn.network import TRUNK, Precision
@@ -40,7 +40,8 @@ class MLP(nn.Module):
     """F(x_t/σ_d, t) for points x of shape (B, dim), unconditional; on `Dual`s for x and t it returns the pair (F, dF).
 
     `precision` is the format of everything between the embeddings of x and t and the output, as in `Network`.
-    Raises ValueError for points of another dimension, half-precision t, and labels or guidance, for which it has no input.
+    Raises ValueError for arguments out of range; and, when called, for points of another dimension, t or tangents that do not fit them,
+    half-precision t, and labels or guidance, for which it has no input.
     """
 
     supports_dual = True
@@ -49,6 +50,8 @@ class MLP(nn.Module):
         super().__init__()
         check_channels("dim", dim, 1)
         check_channels("width", width)
+        if blocks < 1:
+            raise ValueError(f"blocks: expected at least 1, got {blocks}")
         if precision not in TRUNK:
             raise ValueError(f"precision: expected one of {', '.join(TRUNK)}, got {precision!r}")
         self.dim, self.trunk = dim, TRUNK[precision]
@@ -66,17 +69,21 @@ class MLP(nn.Module):
         return dual.concat([x, torch.ones_like(value_of(x)[:, :1]), waves])
 
     def forward(self, x: Maybe, t: Maybe, labels: Tensor | None = None, guidance: Tensor | None = None) -> Maybe:
-        value = value_of(x)
+        value, time = value_of(x), value_of(t)
+        check_pair("x", x)
+        check_pair("t", t)
         if tuple(value.shape[1:]) != (self.dim,):
             raise ValueError(f"x: expected shape (B, {self.dim}), got {tuple(value.shape)}")
-        check_time_dtype(value_of(t))
+        check_time_dtype(time)
+        if time.shape != value.shape[:1]:
+            raise ValueError(f"t: expected shape ({len(value)},), one for each sample, got {tuple(time.shape)}")
         if labels is not None:
             raise ValueError("labels: a network of points has no label input, expected None")
         if guidance is not None:
             raise ValueError("guidance: a network of points has no guidance input, expected None")
-        emb = mp_silu(self.embed_time(self.time(t)))
-        x = self.features(x)
-        x = self.linear_in(x if self.trunk is None else dual.cast(x, self.trunk))
+        dtype = self.out_gain.dtype
+        emb = mp_silu(self.embed_time(dual.cast(self.time(t), dtype)))
+        x = self.linear_in(dual.cast(self.features(dual.cast(x, dtype)), self.trunk or dtype))
         for block in self.blocks:
             x = block(x, emb)
-        return dual.cast(self.linear_out(x, gain=self.out_gain), value.dtype)
+        return dual.cast(self.linear_out(x, gain=self.out_gain), dtype)

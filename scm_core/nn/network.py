@@ -4,14 +4,15 @@
 from typing import Literal
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scm_core.nn import dual
-from scm_core.nn.dual import Dual, Maybe, value_of
+from scm_core.nn.dual import Dual, Maybe, check_pair, value_of
 from scm_core.nn.embedding import PositionalEmbedding
 from scm_core.nn.layers import MPLinear, mp_silu
-from scm_core.validate import check_channels, check_device, check_time_dtype
+from scm_core.validate import check_channels, check_device, check_labels, check_time_dtype
 
 Precision = Literal["fp32", "fp16", "bf16"]
 TRUNK = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: the format of the parameters
@@ -27,8 +28,13 @@ class Network(nn.Module):
     layer, so that a student starts equal to its teacher; `guidance=None` leaves it out.
 
     `precision` is the trunk's format: "fp32" stands for that of the parameters (float64 after `.double()`), "fp16" and "bf16" convert
-    activations, tangents and, where they are used, weights. Embeddings and F keep the parameters' format.
-    `checkpointing` computes each block's activations a second time in the backward instead of keeping them.
+    activations, tangents and, where they are used, weights. The time's and the scale's waves are computed in the format of t; what is
+    made of them, and F, have the parameters' format, whatever that of x and t.
+
+    `checkpointing` computes each block's activations a second time in the backward instead of keeping them. Of a pair it computes the
+    tangent again too, which nobody needs: by count a consistency step with checkpointing is (forward 2, again 2, backward 2) six passes
+    to a diffusion model's four. Value and tangent take one way through a block, whose plain form rounds otherwise in places, so that the
+    value alone would not be the same to the bit (benchmarks/results/step_cost.md has the cost).
     """
 
     supports_dual = True
@@ -54,6 +60,8 @@ class Network(nn.Module):
 
     def check_call(self, x: Maybe, t: Maybe, labels: Tensor | None, guidance: Tensor | None) -> None:
         """ValueError for shapes, formats or devices that do not fit, and for inputs that the network was built without."""
+        check_pair("x", x)
+        check_pair("t", t)
         x, t = value_of(x), value_of(t)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
@@ -61,6 +69,8 @@ class Network(nn.Module):
             raise ValueError("labels: the network was built without a label input (labels=0)")
         if guidance is not None and not self.guidance_input:
             raise ValueError("guidance: the network was built without a guidance input (guidance_input=False)")
+        if labels is not None and labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"labels: expected int64, got {labels.dtype}")
         check_time_dtype(t)
         if guidance is not None:
             check_time_dtype(guidance, "guidance")  # it is embedded as a time
@@ -73,20 +83,35 @@ class Network(nn.Module):
                 check_device(name, vector, x, "x")
 
     def one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
-        """(B, number of labels): √labels at the label, so that the mean square is 1; zeros for −1. In the format of `like` (B, …)."""
+        """(B, number of labels): √labels at the label, so that the mean square is 1; zeros for −1. In the format of `like` (B, …).
+
+        A label that the network does not have is a ValueError on a CPU and a failed assertion of the kernel on a GPU, which both find
+        that there is no such place to write to: nothing here looks at the values.
+        """
+        onehot = like.new_zeros(like.shape[0], self.labels)
         if labels is None:
-            return like.new_zeros(like.shape[0], self.labels)
-        onehot = (labels[:, None] == torch.arange(self.labels, device=labels.device)).to(like.dtype)
-        return onehot * self.labels**0.5
+            return onehot
+        known = labels != -1
+        at = torch.where(known, labels, 0).long()
+        try:
+            return onehot.scatter_(1, at[:, None], known.to(like.dtype)[:, None] * self.labels**0.5)
+        except RuntimeError:
+            check_labels(labels, self.labels)  # says which one
+            raise
 
     def run(self, block: nn.Module, *inputs: Maybe) -> Maybe:
         """block(*inputs), under gradient checkpointing if the network has it.
 
         The backward's recomputation uses the same random numbers (dropout) and needs no tangents: zeros without memory stand in for
-        them, so that none is kept alive until then.
+        them, so that none is kept alive until then. ValueError within torch.func.jvp: the recomputation would be outside of it.
         """
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(*inputs)
+        if any(forward_ad.unpack_dual(value_of(x)).tangent is not None for x in inputs):
+            raise ValueError(
+                "checkpointing: a network with checkpointing=True cannot be trained through torch.func.jvp (engine 'func'); "
+                "use engine 'dual' or 'auto', or checkpointing=False"
+            )
         tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
 
         def forward(*values: Tensor) -> Maybe:
@@ -126,9 +151,11 @@ class MPNetwork(Network):
 
     def embedding(self, t: Maybe, labels: Tensor | None, guidance: Tensor | None) -> Maybe:
         """The conditioning vector (B, width); only its time part has a tangent."""
-        emb = self.embed_time(self.time(t))
+        dtype = self.embed_time.weight.dtype
+        emb = self.embed_time(dual.cast(self.time(t), dtype))
         if self.embed_label is not None:
             emb = dual.weighted_sum(emb, self.embed_label(self.one_hot(labels, value_of(emb))), LABEL_BALANCE)
         if self.embed_guidance is not None and guidance is not None:
-            emb = dual.add(emb, self.embed_guidance(self.scale(guidance), gain=self.guidance_gain))
+            waves = dual.cast(self.scale(guidance), dtype)
+            emb = dual.add(emb, self.embed_guidance(waves, gain=self.guidance_gain))
         return mp_silu(emb)

@@ -14,6 +14,7 @@ from scm_core.nn.dual import Maybe
 from scm_core.nn.embedding import PositionalEmbedding
 from scm_core.nn.layers import MPConv, MPLinear, adaptive_double_norm, mp_silu, random_dropout
 from scm_core.nn.network import MPNetwork
+from scm_core.nn.unet import check_dropout
 from scm_core.validate import check_channels
 
 RESIDUAL_BALANCE = 0.3  # weight of a block's branch in its sum (EDM2, config G)
@@ -38,7 +39,7 @@ class Block(nn.Module):
 class SmallNet(MPNetwork):
     """F(x_t/σ_d, t, labels, guidance) for x of shape (B, channels, resolution, resolution); inputs as in `Network`.
 
-    Raises ValueError for shapes the architecture does not fit, labels without a label input, and guidance without a guidance input.
+    Raises ValueError for arguments that do not fit together, and for calls as in `Network.check_call`.
     """
 
     def __init__(
@@ -52,9 +53,13 @@ class SmallNet(MPNetwork):
         guidance_input: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        if resolution % patch:
+        check_channels("patch", patch, 1)
+        if resolution < 1 or resolution % patch:
             raise ValueError(f"resolution: must be divisible by the patch size {patch}, got {resolution}")
         check_channels("width", width)
+        if blocks < 1:
+            raise ValueError(f"blocks: expected at least 1, got {blocks}")
+        check_dropout(dropout, None)
         embedding = 2 * width
         super().__init__(channels, resolution, labels, PositionalEmbedding(width), width, embedding, guidance_input)
         self.patch, self.dropout = patch, dropout
@@ -67,7 +72,7 @@ class SmallNet(MPNetwork):
     def forward(self, x: Maybe, t: Maybe, labels: Tensor | None = None, guidance: Tensor | None = None) -> Maybe:
         self.check_call(x, t, labels, guidance)
         emb = self.embedding(t, labels, guidance)
-        x = dual.rearrange(x, nnf.pixel_unshuffle, self.patch)
+        x = dual.rearrange(dual.cast(x, self.out_gain.dtype), nnf.pixel_unshuffle, self.patch)
         ones = torch.ones_like(dual.value_of(x)[:, :1])
         x = self.conv_in(dual.concat([x, ones]))
         for block in self.blocks:

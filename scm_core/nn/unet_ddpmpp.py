@@ -179,11 +179,14 @@ class DDPMPP(Network):
 
     def conditioning(self, t: Maybe, labels: Tensor | None, guidance: Tensor | None) -> Maybe:
         """The conditioning vector (B, 4 · width); only its time part has a tangent."""
-        emb = dual.scale(self.time(t), math.sqrt(0.5))  # plain cosines and sines here, without the √2 of unit variance
+        dtype = self.embed0.weight.dtype
+        emb = dual.scale(
+            dual.cast(self.time(t), dtype), math.sqrt(0.5)
+        )  # plain cosines and sines here, without the √2 of unit variance
         if self.embed_label is not None:
             emb = dual.add(emb, self.embed_label(self.one_hot(labels, dual.value_of(emb))))
         if self.embed_guidance is not None and guidance is not None:
-            emb = dual.add(emb, self.embed_guidance(self.scale(guidance)))
+            emb = dual.add(emb, self.embed_guidance(dual.cast(self.scale(guidance), dtype)))
         return dual.silu(self.embed1(dual.silu(self.embed0(emb))))
 
     def forward(self, x: Maybe, t: Maybe, labels: Tensor | None = None, guidance: Tensor | None = None) -> Maybe:

@@ -58,11 +58,11 @@ class Block(nn.Module):
         self.embed = MPLinear(embedding, 2 * outputs if norm == "double" else outputs)
         if norm == "adagn":
             self.embed_gain = nn.Parameter(torch.zeros(()))
-        self.heads = outputs // head_channels if place.attention else 0
-        if self.heads:
+        if place.attention:
             check_channels(
                 f"width · multiplier at resolution {place.resolution}, with attention", outputs, head_channels
             )
+            self.heads = outputs // head_channels
             self.qkv = MPConv(outputs, 3 * outputs, 1)
             self.project = MPConv(outputs, outputs, 1)
 
@@ -87,7 +87,7 @@ class Block(nn.Module):
         if not self.encoder and self.skip is not None:
             x = self.skip(x)
         x = dual.weighted_sum(x, y, RESIDUAL_BALANCE)
-        if self.heads:
+        if self.place.attention:
             y = self.project(self_attention(self.qkv(x), self.heads, cosine=True))
             x = dual.weighted_sum(x, y, ATTENTION_BALANCE)
         return dual.clamp(x, ACTIVATION_LIMIT)

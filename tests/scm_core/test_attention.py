@@ -7,6 +7,8 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -230,15 +232,6 @@ def test_large_tangents_in_half_precision(dtype: torch.dtype, tolerance: float) 
     assert relative(found.tangent, wanted[1]) <= tolerance
 
 
-def test_tangents_of_a_wider_dtype_keep_it() -> None:
-    values, tangents = inputs(1, 2, 5, 9, 6)
-    values = [x.half().to(F64) for x in values]
-    tangents = [1e6 * t.float().to(F64) for t in tangents]
-    found = attention(*(Dual(x.half(), t.float()) for x, t in zip(values, tangents, strict=True)))
-    assert (found.value.dtype, found.tangent.dtype) == (torch.float16, torch.float32)
-    assert relative(found.tangent, expected(values, tangents)[1]) <= 1e-5
-
-
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.ones(shape, dtype=dtype)
 
@@ -257,6 +250,9 @@ BAD = [
     ),
     ((*[ones(2, 1, 3, 4)] * 3, ones(2, 3)), r"key_mask: expected bool of shape \(2, 3\), got torch.float32"),
     ((*[ones(2, 1, 3, 4)] * 3, ones(2, 4) > 0), r"key_mask: expected bool .* got torch.bool of \(2, 4\)"),
+    ((*[ones(2, 1, 0, 4)] * 3,), r"q: expected at least one position and one feature, got \(2, 1, 0, 4\)"),
+    ((*[ones(2, 1, 3, 0)] * 3,), r"q: expected at least one position and one feature, got \(2, 1, 3, 0\)"),
+    ((ones(2, 1, 3, 4), *[ones(2, 1, 0, 4)] * 2), r"k: expected at least one position, got \(2, 1, 0, 4\)"),
     ((*[ones(2, 1, 3, 4)] * 3, None, "flash"), r"backend: expected 'auto', 'chunked' or 'triton', got 'flash'"),
 ]
 
@@ -265,6 +261,39 @@ BAD = [
 def test_what_does_not_match_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("tangent", "words"),
+    [
+        (ones(1, 1, 3, 4), r"expected the shape \(2, 1, 3, 4\) of its value, got \(1, 1, 3, 4\)"),
+        (ones(2, 1, 2, 4), r"expected the shape \(2, 1, 3, 4\) of its value, got \(2, 1, 2, 4\)"),
+        (ones(2, 1, 3, 4).to("meta"), "expected the device cpu of its value, got meta"),
+        (ones(2, 1, 3, 4, dtype=F64), "expected the type torch.float32 of its value, got torch.float64"),
+    ],
+    ids=["batch", "length", "device", "dtype"],
+)
+def test_a_tangent_unlike_its_value_is_refused(tangent: Tensor, words: str, name: str, backend: Any) -> None:
+    """A kernel would read past the end of it."""
+    value = ones(2, 1, 3, 4)
+    arguments = [Dual(value, tangent if which == name else value) for which in "qkv"]
+    with pytest.raises(ValueError, match=f"tangent of {name}: {words}"):
+        attention(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "fits"),
+    [(torch.float16, 256, True), (torch.bfloat16, 64, True), (torch.float16, 257, False), (torch.float32, 64, False)],
+)
+def test_auto_is_triton_for_half_precision_on_a_gpu(
+    dtype: torch.dtype, d: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TRITON", True)
+    on_gpu = SimpleNamespace(dtype=dtype, shape=(1, 1, 2, d), is_cuda=True)
+    assert module._triton_fits(on_gpu) is fits  # type: ignore[arg-type]
+    assert not module._triton_fits(torch.ones(1, 1, 2, d, dtype=dtype))
 
 
 def test_triton_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

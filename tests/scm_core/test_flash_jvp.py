@@ -42,27 +42,37 @@ def test_tensors_that_no_kernel_can_read_are_refused() -> None:
 
 
 COMPILE = """
+import sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from scm_core.nn import flash_jvp
 
-sizes = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "PRECISION": "ieee"}
+dtype, d = getattr(torch, sys.argv[1]), int(sys.argv[2])
+how = flash_jvp.tiles(dtype, d)
+sizes = {"BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_D": how.block_d, "PRECISION": "ieee"}
 kinds = dict.fromkeys(("heads", "length", "keys", "d"), "i32")
 kinds |= {"Lse": "*fp32", "Delta": "*fp32", "scale": "fp32", "Mask": "*u8"}
+values = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+options = {"num_warps": how.warps, "num_stages": how.stages}
 for kernel in (flash_jvp._forward_kernel, flash_jvp._backward_queries_kernel, flash_jvp._backward_keys_kernel):
     constants = {n: sizes.get(n, True) for n in kernel.arg_names if n in sizes or n.startswith("HAS_") or n == "MASKED"}
-    signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp16") for n in kernel.arg_names}
-    done = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    signature = {n: "constexpr" if n in constants else kinds.get(n, values) for n in kernel.arg_names}
+    done = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, "shared", done.metadata.shared)
-    assert "wgmma.mma_async" in done.asm["ptx"]
+    tensor_cores = any(word in done.asm["ptx"] for word in ("wgmma.mma_async", "mma.sync"))
+    assert tensor_cores == (dtype != torch.float32), kernel.__name__
     assert done.metadata.shared <= 99 * 1024, done.metadata.shared  # what every GPU since 8.0 has
 """
 
 
+# every choice of `tiles` but the smallest d; one for each size of the tiles
 @pytest.mark.slow
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "d"), [("float16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 64), ("float32", 128)]
+)
+def test_the_kernels_compile_for_a_gpu(dtype: str, d: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Types and tile shapes that the interpreter lets pass are checked by the compiler, for which no GPU is needed."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = run("0", "-c", COMPILE)
+    done = run("0", "-c", COMPILE, dtype, str(d))
     assert done.returncode == 0, done.stderr[-5_000:]
     assert done.stdout.count("shared") == 3

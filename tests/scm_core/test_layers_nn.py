@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scm_core.nn import dual
+from scm_core.nn import dual, layers
+from scm_core.nn.attention import attention
 from scm_core.nn.dual import Dual
 from scm_core.nn.layers import (
     MPConv,
@@ -169,6 +170,30 @@ def test_self_attention_is_its_formula(cosine: bool) -> None:
                 q, k, v = (u / ((u**2).mean(dim=1, keepdim=True) + 1e-4).sqrt() for u in (q, k, v))
             expected = torch.stack([torch.softmax(k @ q[i] / math.sqrt(d), 0) @ v for i in range(8)])
             torch.testing.assert_close(y[n, h * d : (h + 1) * d].reshape(d, 8).T, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_attention_gets_what_fused_kernels_take(
+    order: torch.memory_format, cosine: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k and v in one piece each, their d elements side by side, in either memory order; else torch falls back to the L×L matrix."""
+    seen: list[Any] = []
+
+    def look(*arguments: Any) -> Any:
+        seen.extend(arguments)
+        return attention(*arguments)
+
+    monkeypatch.setattr(layers, "attention", look)
+    qkv = normal(2, 24, 4, 6, seed=0).to(memory_format=order)
+    self_attention(Dual(qkv, qkv) if pairs else qkv, 2, cosine)
+    tensors = [t for x in seen for t in (x if pairs else [x])]
+    assert len(tensors) == (6 if pairs else 3)
+    for tensor in tensors:
+        assert tensor.shape == (2, 2, 24, 4)
+        assert tensor.stride(-1) == 1
+        assert tensor.is_contiguous()
 
 
 CONDITION, MOTION = normal(2, 12, seed=5), normal(2, 12, seed=6)

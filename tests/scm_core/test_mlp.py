@@ -113,3 +113,20 @@ def test_misuse_is_named() -> None:
         build_network({**CONFIG, "precision": "fp8"})
     with pytest.raises(ValueError, match="width: expected a positive multiple of 2, got 7"):
         build_network({**CONFIG, "width": 7})
+    with pytest.raises(ValueError, match="blocks: expected at least 1, got 0"):
+        build_network({**CONFIG, "blocks": 0})
+    with pytest.raises(ValueError, match=r"t: expected shape \(5,\), one for each sample, got \(1,\)"):
+        net(x, t[:1])
+    for pair, name in (((Dual(x, x[:1]), t), "x"), ((x, Dual(t, t[:1])), "t")):
+        with pytest.raises(ValueError, match=f"tangent of {name}: expected the shape"):
+            net(*pair)
+
+
+def test_everything_with_parameters_works_in_their_format() -> None:
+    """Whatever the format of x and t: a float32 network gives float32, and a float64 one what it gives for float64 inputs."""
+    net, (x, t, dx, dt) = network(), inputs()
+    F, dF = net(Dual(x, dx), Dual(t, dt))
+    assert (F.dtype, dF.dtype) == (torch.float32, torch.float32)
+    exact = net.double()(x.float(), t)
+    assert exact.dtype == F64
+    torch.testing.assert_close(exact, net(x.float().double(), t), rtol=0, atol=0)

@@ -121,7 +121,8 @@ def test_three_engines_agree(name: str, options: dict[str, Any]) -> None:
     F, dF = by_engine(net, at, "dual")
     size = float(dF.detach().abs().max())
     assert size > 1e-2
-    expected, jvp = by_engine(net, at, "func")
+    with torch.set_grad_enabled(not net.checkpointing):  # torch.func.jvp refuses to train with it
+        expected, jvp = by_engine(net, at, "func")
     torch.testing.assert_close(F, expected, rtol=1e-11, atol=1e-11)
     assert (dF - jvp).abs().max() < 1e-12 * size
     k = (
@@ -281,8 +282,24 @@ def test_float64_network(name: str) -> None:
     at = point(net)
     F = net(at.x, at.t, at.labels)
     assert F.dtype == F64
-    if name != "small":
-        assert torch.equal(net(at.x.float(), at.t, at.labels), F)  # the point's x is exact in float32
+    assert torch.equal(net(at.x.float(), at.t, at.labels), F)  # the point's x is exact in float32
+
+
+@every_architecture
+def test_float32_network(name: str) -> None:
+    """Float64 x, t, scales and directions change the format of nothing that has parameters: they work in float32, F is float32."""
+    net = trained(name, guidance_input=True).eval()
+    at, formats = point(net), set()
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        formats.update(t.dtype for x in inputs for t in (x if isinstance(x, Dual) else [x]) if isinstance(t, Tensor))
+
+    for module in net.modules():
+        if list(module.parameters(recurse=False)) and module is not net:
+            module.register_forward_pre_hook(look)
+    F, dF = net(Dual(at.x, at.dx), Dual(at.t, at.dt), at.labels, at.guidance)
+    assert formats == {torch.float32}
+    assert (F.dtype, dF.dtype) == (torch.float32, torch.float32)
 
 
 # --- conditioning --------------------------------------------------------------------------------------------------------------------
@@ -320,6 +337,10 @@ MISUSE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"labels": torch.zeros(3, dtype=torch.int64)},
         "labels: the network was built without a label input",
     ),
+    ({}, {"labels": torch.zeros(3)}, "labels: expected int64, got torch.float32"),
+    ({}, {"labels": torch.zeros(3, dtype=torch.bool)}, "labels: expected int64, got torch.bool"),
+    ({}, {"labels": torch.tensor([0, 3, 1])}, r"labels: expected -1 \(none\) to 2, got 3"),
+    ({}, {"labels": torch.tensor([0, 2, -2])}, r"labels: expected -1 \(none\) to 2, got -2"),
     ({}, {"guidance": torch.ones(3)}, "guidance: the network was built without a guidance input"),
     (
         {"guidance_input": True},
@@ -344,3 +365,41 @@ def test_wrong_inputs_are_named(name: str, options: dict[str, Any], change: dict
         net(**call)
     with pytest.raises(ValueError, match=words):
         net(**{**call, "x": Dual(call["x"], call["x"]), "t": Dual(call["t"], call["t"])})
+
+
+@pytest.mark.parametrize("part", ["x", "t"])
+@every_architecture
+def test_a_tangent_unlike_its_value_is_refused(name: str, part: str) -> None:
+    """Another shape, even one that broadcasts, and another device."""
+    net = trained(name)
+    call = {"x": torch.zeros(3, *net.shape), "t": torch.full((3,), 0.5)}
+    pairs = {key: Dual(value, value) for key, value in call.items()}
+    for wrong in (call[part][:1], call[part].to("meta")):
+        with pytest.raises(ValueError, match=f"tangent of {part}: expected the (shape|device) .* of its value"):
+            net(**{**pairs, part: Dual(call[part], wrong)})
+
+
+@pytest.mark.parametrize("name", ["edm2", "ddpmpp"])
+def test_checkpointing_through_torch_func_is_refused(name: str) -> None:
+    """Its backward would recompute outside of the transform. Without gradients, and with the other engines, it works."""
+    net = trained(name, checkpointing=True)
+    at = point(net).to(torch.float32)
+    with pytest.raises(ValueError, match=r"checkpointing=True cannot be trained through torch\.func\.jvp .*'func'"):
+        by_engine(net, at, "func")
+    with torch.no_grad():
+        _, expected = by_engine(net, at, "func")
+    F, dF = by_engine(net, at, "auto")
+    torch.testing.assert_close(dF, expected, rtol=1e-3, atol=1e-4)
+    F.sum().backward()
+    F, _ = by_engine(net, at, "finite_difference")
+    F.sum().backward()
+
+
+@every_architecture
+def test_labels_embed_as_columns(name: str) -> None:
+    """√labels at the label's place and 0 elsewhere, in one piece; nothing for −1."""
+    net = trained(name)
+    for kind in (torch.int64, torch.int32):
+        onehot = net.one_hot(torch.tensor([2, -1, 0], dtype=kind), torch.zeros(3, 1, dtype=F64))
+        assert torch.equal(onehot, 3**0.5 * torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=F64))
+        assert onehot.is_contiguous()

@@ -185,6 +185,20 @@ def test_misuse_is_named() -> None:
         network(guidance_input=False)(x, t, labels, guidance)
     with pytest.raises(ValueError, match="resolution: must be divisible by the patch size 2, got 5"):
         SmallNet(1, 5, 0, width=8, blocks=1)
+    tiny = {"channels": 1, "resolution": 4, "labels": 0, "width": 8, "blocks": 1}
+    for change, words in (
+        ({"blocks": 0}, "blocks: expected at least 1, got 0"),
+        ({"patch": 0}, "patch: expected a positive multiple of 1, got 0"),
+        ({"patch": -2}, "patch: expected a positive multiple of 1, got -2"),
+        ({"resolution": 0}, "resolution: must be divisible by the patch size 2, got 0"),
+        ({"resolution": -4}, "resolution: must be divisible by the patch size 2, got -4"),
+        ({"width": 7}, "width: expected a positive multiple of 2, got 7"),
+        ({"width": 2}, "channels: expected an even number >= 4, got 2"),
+        ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout: expected a probability in \[0, 1\), got -0.1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SmallNet(**{**tiny, **change})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="architecture: expected one of small, edm2, ddpmpp, mlp, vae, got 'big'"):
         build_network({**CONFIG, "architecture": "big"})
     with pytest.raises(ValueError, match=r"architecture small: .*depth"):

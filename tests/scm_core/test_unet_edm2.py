@@ -69,9 +69,10 @@ def test_attention_and_resolutions_of_the_imagenet_network() -> None:
         for block in blocks:
             wanted = block.place.resolution <= 16 and block.place.resample is None
             if block is not net.get_submodule("decoder.1"):  # the second at the bottom has none
-                assert block.heads == (block.place.outputs // 64 if wanted else 0)
+                assert block.place.attention == hasattr(block, "qkv") == wanted
+                assert not wanted or block.heads == block.place.outputs // 64
     assert net.get_submodule("decoder.0").heads == 12
-    assert net.get_submodule("decoder.1").heads == 0
+    assert not net.get_submodule("decoder.1").place.attention
 
 
 def weight_of(layer: MPWeight) -> Tensor:
@@ -213,6 +214,10 @@ def test_output_is_zero_at_initialisation() -> None:
         (
             {"head_channels": 12},
             "width · multiplier at resolution 4, with attention: expected a positive multiple of 12, got 16",
+        ),
+        (
+            {"head_channels": 64},  # more than there are: no head at all
+            "width · multiplier at resolution 4, with attention: expected a positive multiple of 64, got 16",
         ),
         ({"head_channels": 0}, "head_channels: expected a positive multiple of 1, got 0"),
         ({"attention_resolutions": (16,)}, r"attention_resolutions: expected some of the network's, \[8, 4\], got 16"),
