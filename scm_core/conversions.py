@@ -111,8 +111,8 @@ class LinearVPSchedule:
 def to_trigflow(x_s: Tensor, s: Tensor, schedule: Schedule, sigma_data: float) -> tuple[Tensor, Tensor]:
     """(x_t, t) of TrigFlow for x_s (B, …) at the schedule's time s (B,): t = arctan(σ_s/(σ_d α_s)), x_t = x_s σ_d/√(α_s² σ_d² + σ_s²).
 
-    Raises ValueError for sigma_data ≤ 0, for shapes, devices or types of time that do not fit, and for s outside the schedule, where α_s or
-    σ_s is negative.
+    Raises ValueError for sigma_data ≤ 0, for shapes, devices or types of time that do not fit, and for s at which α_s or σ_s is negative or
+    no number.
     """
     check_positive("sigma_data", sigma_data)
     broadcast_time(s, x_s, "s")
@@ -120,7 +120,7 @@ def to_trigflow(x_s: Tensor, s: Tensor, schedule: Schedule, sigma_data: float) -
     t = torch.atan2(sigma, sigma_data * alpha)
     wrong = ~((t >= 0) & (t <= math.pi / 2 + EDGE))
     if bool(wrong.any()):
-        raise ValueError(f"s: expected times of the schedule, with α_s, σ_s >= 0, got {s[wrong][0].item():g}")
+        raise ValueError(f"s: expected times of the schedule, where α_s, σ_s >= 0, got {s[wrong][0].item():g}")
     factor = sigma_data / torch.hypot(alpha * sigma_data, sigma)
     return x_s * broadcast_time(factor, x_s), t
 

@@ -108,7 +108,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LogVarHead(nn.Module):
-    """Adaptive weighting w_φ(t): positional embedding of t, one linear layer, a bias (App. D); (B,) → (B,), float32.
+    """Adaptive weighting w_φ(t): positional embedding of t, one linear layer, a bias (App. D); (B,) → (B,), in the format of its weights.
 
     The bias starts at the optimum of an untrained network, so that the first steps are not spent on it: e^{w} D⁻¹ E‖·‖² = 1.
     """

@@ -176,3 +176,28 @@ def test_misuse_is_named() -> None:
     for convert, name in ((to_trigflow, "s"), (from_trigflow, "t")):
         with pytest.raises(ValueError, match=rf"^{name}: expected shape \(4,\)"):
             convert(x, t[:3], EDMSchedule(), SIGMA_DATA)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.6, math.nan])
+def test_times_out_of_range_are_named(t: float) -> None:
+    """TrigFlow's times are in [0, π/2], whatever the schedule."""
+    for schedule in (EDMSchedule(), FlowSchedule(), CosineSchedule(), LinearVPSchedule()):
+        with pytest.raises(ValueError, match=rf"t: expected times in \[0, π/2\] radians, got {t:g}"):
+            from_trigflow(torch.zeros(2, 3), torch.tensor([0.5, t]), schedule, SIGMA_DATA)
+
+
+def test_times_outside_a_schedule_are_named() -> None:
+    """A time at which signal or noise would be negative, or no number; the ends of each schedule pass."""
+    for schedule, inside, outside in (
+        (EDMSchedule(), [0.0, 80.0], [-0.1, math.nan]),
+        (FlowSchedule(), [0.0, 1.0], [-0.1, 1.1, math.nan]),
+        (FlowSchedule(reverse=True), [0.0, 1.0], [-0.1, 1.1]),
+        (CosineSchedule(), [0.0, 1.0], [-0.1, 1.1]),
+        (LinearVPSchedule(), [0.0, 1.0], [-0.005, math.nan]),
+    ):
+        x, t = to_trigflow(torch.ones(2, 3), torch.tensor(inside), schedule, SIGMA_DATA)
+        assert torch.isfinite(x).all()
+        assert ((t >= 0) & (t < 1.5708)).all()
+        for s in outside:
+            with pytest.raises(ValueError, match=f"s: expected times of the schedule, .*got {s:g}"):
+                to_trigflow(torch.ones(2, 3), torch.tensor([inside[0], s]), schedule, SIGMA_DATA)

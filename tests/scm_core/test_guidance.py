@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scm_core.guidance import data_velocity, guided, sample_guidance, teacher_velocity
+from scm_core.guidance import data_velocity, evaluating, guided, sample_guidance, teacher_velocity
 from scm_core.nn.small import SmallNet
 from scm_core.sampling import Guided
 
@@ -83,6 +83,54 @@ def test_velocities(point: tuple[Tensor, Tensor, Tensor]) -> None:
         follow(x_t, t, v_t, None, s)
 
 
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_a_teacher_in_training_mode_is_asked_without_dropout(
+    point: tuple[Tensor, Tensor, Tensor], scale: float | None
+) -> None:
+    """sCD's velocity is the one of evaluation mode, moves no random numbers, and leaves the mode as it was."""
+    torch.manual_seed(0)
+    teacher, (x_t, t, labels) = SmallNet(2, 4, labels=3, width=8, blocks=1, dropout=0.5).double(), point
+    torch.nn.init.ones_(teacher.out_gain)
+    s = None if scale is None else torch.full((4,), scale, dtype=F64)
+    follow = teacher_velocity(teacher, SIGMA_DATA)
+    expected = follow(x_t, t, x_t, labels, s) if teacher.eval() else None
+    teacher.train()
+    assert not torch.equal(teacher(x_t, t, labels), teacher(x_t, t, labels))  # dropout is there
+    before = torch.get_rng_state()
+    assert torch.equal(follow(x_t, t, x_t, labels, s), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in teacher.modules())
+
+
+def test_modes_are_put_back_one_by_one() -> None:
+    """`evaluating`: also after an error, also where a part was in evaluation mode; a plain callable has no mode."""
+    net = network().train()
+    net.blocks.eval()
+    modes = [module.training for module in net.modules()]
+    assert len(set(modes)) == 2
+
+    def ask(error: bool) -> None:
+        with evaluating(net):
+            assert not any(module.training for module in net.modules())
+            assert not torch.is_grad_enabled()
+            if error:
+                raise ZeroDivisionError
+
+    ask(False)
+    assert [module.training for module in net.modules()] == modes
+    with pytest.raises(ZeroDivisionError):
+        ask(True)
+    assert [module.training for module in net.modules()] == modes
+    with evaluating(torch.tanh) as same:
+        assert same is torch.tanh
+
+
+def test_a_velocity_needs_a_standard_deviation_of_the_data() -> None:
+    """σ_d > 0."""
+    with pytest.raises(ValueError, match="sigma_data: expected a positive number, got 0"):
+        teacher_velocity(network(), 0.0)
+
+
 def test_bound_networks_count_their_passes(point: tuple[Tensor, Tensor, Tensor]) -> None:
     """`Guided`: a guided teacher counts two passes, an unguided one or a student one; each gives what it stands for."""
     net, student, (x, t, labels) = network(), network(guidance_input=True), point
@@ -129,6 +177,10 @@ def test_guidance_is_checked_once_against_the_network() -> None:
         Guided(network(), labels, 1.5, student=True)
     Guided(network(), labels, None, student=True)
     Guided(network(guidance_input=True), labels, 1.5, student=True)
+    foreign = torch.nn.Linear(1, 1)
+    foreign.guidance_input = False  # what a network declares counts, not how it is built
+    with pytest.raises(ValueError, match=message):
+        Guided(foreign, None, 1.5, student=True)
     with pytest.raises(ValueError, match="guidance: expected a finite scale or None, got nan"):
         Guided(network(), labels, float("nan"))
 

@@ -137,6 +137,34 @@ def test_fresh_noise_comes_from_the_generator(net: SmallNet) -> None:
     assert not torch.allclose(make(0), make(1), atol=1e-2)
 
 
+def test_times_and_noise_may_be_tensors(net: SmallNet) -> None:
+    """A tensor of times and one of all noise give the bits of the sequences; float32's π/2, above the real one, is a time."""
+    z, fresh = (SIGMA_DATA * sample_noise(range(3), SHAPE, stream) for stream in ("z", "fresh"))
+    times = torch.tensor([T_MAX, 1.1], dtype=torch.float64)
+    expected = sample_consistency(net, z, (T_MAX, 1.1), SIGMA_DATA, noise=[fresh])
+    assert torch.equal(sample_consistency(net, z, times, SIGMA_DATA, noise=fresh[None]), expected)
+    assert torch.equal(sample_consistency(net, z, tuple(times), SIGMA_DATA, noise=(fresh,)), expected)
+    top = float(torch.tensor(math.pi / 2))
+    assert top > math.pi / 2
+    assert torch.isfinite(sample_consistency(net, z, (top, 1.1), SIGMA_DATA, noise=[fresh])).all()
+    for solver in ("ddim", "dpm2m", "dpmpp2m"):
+        assert torch.isfinite(SOLVERS[solver](net, z, [top, 1.0, 0.5, 0.0], SIGMA_DATA)).all()
+    with pytest.raises(ValueError, match="times: expected to start below π/2 for Heun's method"):
+        SOLVERS["heun"](net, z, [top, 0.0], SIGMA_DATA)
+
+
+def test_networks_of_another_shape_are_named() -> None:
+    """An F of one channel would be broadcast to all."""
+    message = r"F: expected the shape \(2, 2, 4, 4\) of x_t, got \(2, 1, 4, 4\)"
+    for sample in (
+        *(lambda s=s: sample_diffusion(lambda x, t: x[:, :1], Z, 3, SIGMA_DATA, s) for s in SOLVERS),  # type: ignore[misc]
+        lambda: sample_consistency(lambda x, t: x[:, :1], Z, (T_MAX,), SIGMA_DATA),
+        lambda: sample_multistep(lambda x, t: x[:, :1], Z, 2, SIGMA_DATA),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample()
+
+
 def test_samplers_leave_no_graph(net: SmallNet) -> None:
     """Sampling tracks no gradients, though the network's parameters ask for them."""
     z = SIGMA_DATA * sample_noise([0], SHAPE)
@@ -226,3 +254,11 @@ def test_other_misuse_is_named(net: SmallNet) -> None:
         sample_consistency(net, Z, (T_MAX, 1.1), SIGMA_DATA, noise=[Z, Z])
     with pytest.raises(ValueError, match=r"noise\[0\]: expected the shape \(2, 2, 4, 4\) of z, got \(1, 2, 4, 4\)"):
         sample_consistency(net, Z, (T_MAX, 1.1), SIGMA_DATA, noise=[Z[:1]])
+    with pytest.raises(ValueError, match=r"noise\[0\]: expected the type torch.float32 of z, got torch.float64"):
+        sample_consistency(net, Z, (T_MAX, 1.1), SIGMA_DATA, noise=[Z.double()])
+    with pytest.raises(ValueError, match="noise: expected 1 tensors, one for each time after the first, got 2"):
+        sample_consistency(net, Z, (T_MAX, 1.1), SIGMA_DATA, noise=Z)
+    with pytest.raises(ValueError, match=r"times: expected shape \(steps,\), got \(\)"):
+        sample_consistency(net, Z, torch.tensor(T_MAX), SIGMA_DATA)
+    with pytest.raises(ValueError, match="times: expected descending numbers"):
+        sample_consistency(net, Z, torch.tensor([1.0, 1.1]), SIGMA_DATA)

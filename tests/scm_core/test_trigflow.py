@@ -164,3 +164,47 @@ def test_checks_look_at_no_values() -> None:
     x, t = X.to("meta"), T.to("meta")
     for result in (trigflow.diffuse(x, x, t), trigflow.velocity(x, x, t), *(f(x, x, t, 0.5) for f in PREDICTIONS)):
         assert result.shape == x.shape
+
+
+def test_python_numbers_are_computed_in_float64() -> None:
+    """A number gives float64, exact to its rounding; a tensor keeps its type and shape."""
+    for sigma in (0.002, 0.7, 80, math.inf):
+        t = trigflow.sigma_to_t(sigma, SIGMA_DATA)
+        assert t.dtype == F64
+        assert float(t) == math.atan(sigma / SIGMA_DATA)
+    assert trigflow.t_to_sigma(1.1, SIGMA_DATA).dtype == F64
+    assert float(trigflow.t_to_sigma(1.1, SIGMA_DATA)) == SIGMA_DATA * math.tan(1.1)
+    for dtype in (torch.float32, F64):
+        for convert in (trigflow.sigma_to_t, trigflow.t_to_sigma):
+            result = convert(torch.rand(2, 3, dtype=dtype), SIGMA_DATA)
+            assert result.dtype == dtype
+            assert result.shape == (2, 3)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, -math.inf, math.nan])
+def test_noise_levels_out_of_range_are_named(sigma: float) -> None:
+    """σ ≥ 0."""
+    with pytest.raises(ValueError, match=f"sigma: expected a noise level >= 0, got {sigma}"):
+        trigflow.sigma_to_t(sigma, SIGMA_DATA)
+
+
+@pytest.mark.parametrize("t", [-0.1, math.pi / 2, 1.6, math.nan])
+def test_times_without_a_noise_level_are_named(t: float) -> None:
+    """0 ≤ t < π/2: σ is infinite at π/2 and would be negative beyond."""
+    with pytest.raises(ValueError, match=rf"t: expected a time in \[0, π/2\) radians, where σ is finite, got {t}"):
+        trigflow.t_to_sigma(t, SIGMA_DATA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_maps_of_times_take_no_half_precision(dtype: torch.dtype) -> None:
+    """bfloat16 turns σ = 80 into t = 1.5625, which is σ = 60."""
+    for name, convert in (("sigma", trigflow.sigma_to_t), ("t", trigflow.t_to_sigma)):
+        with pytest.raises(ValueError, match=f"{name}: expected float32 or float64, got {dtype}"):
+            convert(torch.ones(3, dtype=dtype), SIGMA_DATA)
+
+
+def test_times_in_double_precision() -> None:
+    """The type asked for, without float32's rounding in between."""
+    t = trigflow.sample_times(50, -1.0, 1.4, SIGMA_DATA, torch.Generator().manual_seed(3), F64)
+    assert t.dtype == F64
+    assert not torch.equal(t, t.float().double())

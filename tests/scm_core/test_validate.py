@@ -26,6 +26,12 @@ ACCEPTED: list[Callable[[], None]] = [
     lambda: validate.check_descending("times", [math.pi / 2, 1.0, 1e-9]),
     lambda: validate.check_descending("times", [1.1]),
     lambda: validate.check_grid("times", [math.pi / 2, 0.0]),
+    lambda: validate.check_descending("times", [float(torch.tensor(math.pi / 2)), 1.0]),  # float32 rounds π/2 up
+    lambda: validate.check_grid("times", [float(torch.tensor(math.pi / 2)), 0.0]),
+    lambda: validate.check_dtype("a", torch.zeros(2), torch.ones(3), "b"),
+    lambda: validate.check_finite("P_mean", -1e9),
+    lambda: validate.check_fraction("warmup", 0),
+    lambda: validate.check_fraction("warmup", 1.0),
 ]
 REFUSED: list[tuple[Callable[[], None], str]] = [
     (
@@ -65,6 +71,20 @@ REFUSED: list[tuple[Callable[[], None], str]] = [
     (lambda: validate.check_positive("sigma_data", 0.0), "sigma_data: expected a positive number, got 0.0"),
     (lambda: validate.check_positive("sigma_data", math.nan), "sigma_data: expected a positive number, got nan"),
     (lambda: validate.check_positive("sigma_data", math.inf), "sigma_data: expected a positive number, got inf"),
+]
+REFUSED += [
+    (
+        lambda: validate.check_dtype("a", torch.zeros(2), torch.zeros(2, dtype=half), "b"),
+        "a: expected the type torch.bfloat16 of b, got torch.float32",
+    ),
+    (
+        lambda: validate.check_times(torch.tensor([-1.0]), "t_prev"),
+        "t_prev: expected times in [0, π/2] radians, got -1",
+    ),
+    (lambda: validate.check_finite("P_mean", math.inf), "P_mean: expected a finite number, got inf"),
+    (lambda: validate.check_fraction("warmup", 1.01), "warmup: expected a number in [0, 1], got 1.01"),
+    (lambda: validate.check_fraction("warmup", -1), "warmup: expected a number in [0, 1], got -1"),
+    (lambda: validate.check_fraction("warmup", math.nan), "warmup: expected a number in [0, 1], got nan"),
 ]
 REFUSED += [
     (

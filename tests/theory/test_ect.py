@@ -107,7 +107,47 @@ def test_loss_is_its_formula_and_its_gradient_the_adaptive_weight() -> None:
     assert f_r.grad is None
 
 
-@pytest.mark.parametrize(("iteration", "stage"), [(0, 1), (9, 1), (10, 2), (75, 8)])
+def test_loss_keeps_small_distances_in_single_precision() -> None:
+    """‖Δ‖ = 1e-4 beside c = 0.3: √(‖Δ‖² + c²) − c, taken as it stands, is 0 in float32; value and gradient are those of float64."""
+    delta, gap = 1e-4 * torch.nn.functional.normalize(randn(1, 32, seed=0)), torch.ones(1, dtype=F64)
+    results = []
+    for dtype in (torch.float32, F64):
+        f_t = delta.to(dtype).requires_grad_()
+        loss = ect_loss(f_t, torch.zeros_like(f_t), gap.to(dtype), 0.3)
+        results.append((loss.detach().double(), torch.autograd.grad(loss, f_t)[0].double()))
+    (loss, grad), (exact, exact_grad) = results
+    assert float(exact) == pytest.approx(1e-8 / 0.6, rel=1e-6)
+    torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-5, atol=1e-12)
+    none = ect_loss(f_t, f_t.detach(), gap, 0.3)
+    assert float(none.detach()) == 0
+    assert torch.equal(torch.autograd.grad(none, f_t)[0], torch.zeros_like(f_t))
+
+
+def test_the_last_stage_stays() -> None:
+    """Beyond `stages` · d iterations t − r is that of the last stage, by default n(t) t/256: the loss is finite however long the run."""
+    net, x0 = small_net(), SIGMA_DATA * randn(6, *SHAPE, seed=20).float()
+    own = EctObjective(net, SIGMA_DATA, **OPTIONS)  # type: ignore[arg-type]
+    gaps = {}
+    for iteration in (60, 70, 80, 10_000):
+        terms = own(Batch(x0, None, torch.arange(6)), torch.Generator().manual_seed(3), iteration)
+        assert torch.isfinite(terms.loss.detach())
+        gaps[iteration] = float(terms.scalars["gap"])
+    assert gaps[70] == pytest.approx(gaps[60] / 2)
+    assert gaps[80] == gaps[10_000] == gaps[70]
+    sigma = torch.exp(-1.0 + 1.8 * torch.randn(6, generator=after_noise()))
+    expected = ((1 + 8 * torch.sigmoid(-sigma)) / 256).mean()
+    assert gaps[10_000] == pytest.approx(float(expected), rel=1e-5)
+
+
+def after_noise() -> torch.Generator:
+    """The generator of a step once z is drawn."""
+    generator = torch.Generator().manual_seed(3)
+    torch.randn(6, *SHAPE, generator=generator)
+    return generator
+
+
+@pytest.mark.parametrize(("iteration", "stage"), [(0, 1), (9, 1), (10, 2), (75, 8), (500, 8)])
 def test_objective_is_its_formula(iteration: int, stage: int) -> None:
     """The objective rebuilt in EDM's variables: ln σ ~ N(P_mean, P_std²), a = ⌈i/d⌉ with i from 1, x_t and x_r of one x0 and ε."""
     net, labels = small_net(), torch.arange(6) % 3
@@ -161,7 +201,10 @@ def test_one_dropout_mask_for_both_passes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("P_std", 0.0), ("c", 0.0), ("b", -1.0), ("q", 1.0), ("k", -1.0), ("stage_iterations", 0), ("c", math.nan)],
+    [
+        *[("P_std", 0.0), ("c", 0.0), ("b", -1.0), ("q", 1.0), ("k", -1.0), ("stage_iterations", 0), ("c", math.nan)],
+        *[("P_mean", math.inf), ("q", math.inf), ("k", math.nan), ("stages", 0), ("stages", 24), ("stages", 1000)],
+    ],
 )
 def test_bad_options(name: str, value: float) -> None:
     """ValueError with name and value."""

@@ -266,5 +266,35 @@ def test_misuse_is_named(mixture: GaussianMixture) -> None:
         GaussianMixture(torch.zeros(2, 2), torch.tensor([0.1, 0.0]))
     with pytest.raises(ValueError, match=r"weights: expected one number or shape \(2,\), got \(3,\)"):
         GaussianMixture(torch.zeros(2, 2), 0.1, torch.ones(3))
+    with pytest.raises(ValueError, match="sigma_data: expected a positive number, got 0"):
+        GaussianMixture(torch.zeros(2, 2), 0.1, sigma_data=0.0)
+    with pytest.raises(ValueError, match="x_t: expected the device cpu of the mixture, got meta"):
+        mixture(x.to("meta"), t.to("meta"))
+    with pytest.raises(ValueError, match="count: expected a number of samples >= 0, got -1"):
+        mixture.sample(-1, generator(0))
+    with pytest.raises(ValueError, match="x0: expected at least one point, got 0"):
+        mixture.mode_shares(x[:0])
+    with pytest.raises(ValueError, match="generator: expected the device meta of the mixture, got cpu"):
+        GaussianMixture(torch.zeros(2, 2), 0.1).to("meta").sample(3, generator(0))
     with pytest.raises(ValueError, match=r"means: expected shape \(components, dimensions\), got \(2,\)"):
         GaussianMixture(torch.zeros(2), 0.1)
+
+
+def test_empty_batches(mixture: GaussianMixture) -> None:
+    """No points in, no points out, from every function of points."""
+    x, t = mixture.sample(0, generator(0), F64), torch.zeros(0, dtype=F64)
+    assert x.shape == (0, 2)
+    assert x.dtype == F64
+    for function in (mixture, mixture.score, mixture.velocity, mixture.posterior_mean, mixture.pf_ode_map):
+        assert function(x, t).shape == (0, 2)
+    assert mixture.log_density(x, t).shape == mixture.mode_of(x).shape == (0,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(mixture: GaussianMixture) -> None:
+    """Samples and the PF-ODE where the mixture is."""
+    gpu = GaussianMixture(mixture.means.cuda(), mixture.std.cuda(), mixture.weights.cuda(), SIGMA_DATA)
+    x = gpu.sample(20, torch.Generator("cuda").manual_seed(0), F64)
+    t = torch.full((20,), 0.7, dtype=F64)
+    expected = mixture.pf_ode_map(x.cpu(), t)
+    torch.testing.assert_close(gpu.pf_ode_map(x, t.cuda()).cpu(), expected, rtol=0, atol=1e-9)

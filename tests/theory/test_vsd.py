@@ -351,6 +351,14 @@ def test_bad_options() -> None:
         METHODS["vsd"](net, own, SIGMA_DATA, shape, guidance=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"fake_guidance: .* no guidance input of its own"):
         fake_network(net, own, True)
+    wider = SmallNet(2, 4, labels=3, width=16, blocks=2, guidance_input=True)
+    with pytest.raises(ValueError, match=r"fake_guidance: .*weight has shape \(32, 16\), the teacher's \(16, 8\)"):
+        fake_network(wider, own, True)
+    for name in ("vsd_P_mean", "fake_P_mean"):
+        with pytest.raises(ValueError, match=f"{name}: expected a finite number, got nan"):
+            METHODS["vsd"](net, own, SIGMA_DATA, shape, **{name: math.nan})
+    with pytest.raises(ValueError, match="sigma_data: expected a positive number, got 0"):
+        OneStepSampler(net, 0.0, None)
     with pytest.raises(ValueError, match=r"fake_guidance: .*blocks\.1"):
         fake_network(SmallNet(2, 4, labels=3, width=8, blocks=1, guidance_input=True), own, True)
     with pytest.raises(ValueError, match="guidance: expected finite scales"):
