@@ -167,7 +167,7 @@ class CheckpointStore:
         self._damaged.clear()
         for path in reversed(paths):
             try:
-                return self._read(path)
+                return self.read(path)
             except CheckpointError as error:
                 self._damaged.add(path)
                 self.warn(
@@ -249,7 +249,8 @@ class CheckpointStore:
             f"{where}: {doing} failed: {error.strerror or error}; {remedy} and start the run again: {goes_on}"
         )
 
-    def _read(self, path: Path) -> Checkpoint:
+    def read(self, path: Path) -> Checkpoint:
+        """The checkpoint in a folder of `paths`; CheckpointError if it does not verify."""
         try:
             return self._verified(path)
         except OSError as error:  # unreadable is as bad as damaged

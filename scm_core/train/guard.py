@@ -53,9 +53,9 @@ def describe(step: Step) -> str:
     what = f"iteration {step.iteration}: loss {loss}, gradient norm {norm}"
     error, t, indices = step.terms.error, step.terms.t, step.batch.indices
     if t is None:
-        return f"{what}; samples {indices[:SHOWN].tolist()}{' …' if len(indices) > SHOWN else ''}"
-    bad = torch.arange(len(t)) if error is None else (~torch.isfinite(error)).nonzero().flatten().cpu()
-    if not len(bad):
-        return f"{what}; every sample's own error is finite on this process"
-    named = ", ".join(f"{indices[i]} at t = {t[i]:.6g}" for i in bad[:SHOWN].tolist())
-    return f"{what}; {'samples' if error is None else f'{len(bad)} samples not finite:'} {named}{' …' if len(bad) > SHOWN else ''}"
+        return f"{what}; samples {indices[:SHOWN].tolist()}{f' and {len(indices) - SHOWN} more' if len(indices) > SHOWN else ''}"
+    bad = torch.arange(0) if error is None else (~torch.isfinite(error)).nonzero().flatten().cpu()
+    which = "not finite for" if len(bad) else "samples"  # each one's own loss may be finite, and the gradient not
+    chosen = bad if len(bad) else torch.arange(len(t))
+    named = ", ".join(f"{indices[i]} at t = {t[i]:.6g}" for i in chosen[:SHOWN].tolist())
+    return f"{what}; {which} {named}{f' and {len(chosen) - SHOWN} more' if len(chosen) > SHOWN else ''}"

@@ -138,7 +138,7 @@ def test_killed_inside_a_step_or_a_write(
         patch.setattr(checkpoint_module, "write_tensors", full)
         with pytest.raises(CheckpointError, match="No space left"):
             train(state, objective, data, store)
-    assert state.iteration == 10
+    assert 10 <= state.iteration <= 15  # said at a step after the one that wrote, at the next write at the latest
     state, objective = guided_distillation()
     train(state, objective, data, store)
     assert_equal(result_of(state), uninterrupted)
@@ -193,7 +193,7 @@ def with_faults(objective: Objective, faults: set[int]) -> Objective:
 
     def faulty(batch: Batch, generator: torch.Generator, iteration: int) -> Terms:
         terms = objective(batch, generator, iteration)
-        return Terms(terms.loss * math.nan, terms.scalars) if iteration in faults else terms
+        return terms._replace(loss=terms.loss * math.nan) if iteration in faults else terms
 
     return faulty
 
@@ -227,8 +227,8 @@ def test_a_skipped_step_is_counted_and_said_and_shifts_no_data(tmp_path: Path) -
     assert torch.equal(faulty[2][8], faulty[2][7])  # step number 7 was not applied
     assert not torch.equal(faulty[2][9], faulty[2][8])
     assert not clean[3]
-    assert [text.split(":")[0] for text in faulty[3]] == ["iteration 8", "iteration 12"]
-    assert all("1 steps had a non-finite loss or gradient" in text for text in faulty[3])
+    assert [text.split(":")[1] for text in faulty[3]] == [" iteration 7", " iteration 9"]
+    assert all("not applied" in text and "at t = " in text for text in faulty[3])
 
 
 def test_resumption_remembers_skipped_steps(tmp_path: Path) -> None:
