@@ -133,11 +133,16 @@ class Slot(Model):
         if self.dataset.resolution % unit:
             what = f"{'the VAE and ' if self.vae else ''}the network of size {size} ({network.architecture})"
             raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
+        if wrong := network.misfit(self.item_resolution):
+            raise problem(f"sizes.{size}.network.{wrong[0]}", wrong[1])
         sections: dict[str, Training] = {"teacher": self.teacher_for(size)}
         sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
         for key, section in sections.items():
             if section.dropout_resolution is not None and network.architecture == "small":
                 raise problem(f"{key}.dropout_resolution", "must be null for a small network, which has one resolution")
+            if getattr(section, "tangent_engine", None) == "func" and getattr(network, "checkpointing", False):
+                what = f"must not be func, as the network of size {size} has checkpointing, which torch.func.jvp cannot train with"
+                raise problem(f"{key}.tangent_engine", f"{what}: use auto")
 
     @property
     def item_resolution(self) -> int:

@@ -31,6 +31,10 @@ class SmallNetwork(Model):
         """What the resolution must be divisible by."""
         return SMALL_PATCH
 
+    def misfit(self, resolution: int) -> tuple[str, str] | None:
+        """The key that does not fit items of that resolution, which divides by `downsampling`, and what is wrong with it."""
+        return None
+
     def config(self, sigma_data: float) -> dict[str, Any]:
         """What `scm_core.nn.build.build_network` takes, without what comes from the data and from the training."""
         return self.model_dump()
@@ -81,6 +85,14 @@ class _UNet(Model):
         """What the resolution must be divisible by."""
         return 1 << (len(self.multipliers) - 1)
 
+    def misfit(self, resolution: int) -> tuple[str, str] | None:
+        """The key that does not fit items of that resolution, which divides by `downsampling`, and what is wrong with it."""
+        sides = [resolution >> level for level in range(len(self.multipliers))]
+        for side in self.attention_resolutions:
+            if side not in sides:
+                return "attention_resolutions", f"must be some of the network's, {sides}, got {side}"
+        return None
+
     def config(self, sigma_data: float) -> dict[str, Any]:
         """What `scm_core.nn.build.build_network` takes, without what comes from the data and from the training."""
         return {**self.model_dump(mode="json", exclude_none=True), "sigma_data": sigma_data}
@@ -114,6 +126,15 @@ class EDM2Network(_UNet):
     norm: Literal["double", "adagn"]
     """Adaptive double normalisation, or EDM2's own gain."""
 
+    def misfit(self, resolution: int) -> tuple[str, str] | None:
+        bottom = len(self.multipliers) - 1  # which always has attention
+        for level, multiplier in enumerate(self.multipliers):
+            side, channels = resolution >> level, multiplier * self.width
+            if (level == bottom or side in self.attention_resolutions) and channels % self.head_channels:
+                what = f"the {channels} channels (width · multiplier) of the attention at resolution {side}"
+                return "head_channels", f"must divide {what}, got {self.head_channels}"
+        return super().misfit(resolution)
+
 
 class DDPMPPNetwork(_UNet):
     """DDPM++ of Score SDE and EDM."""
@@ -123,6 +144,25 @@ class DDPMPPNetwork(_UNet):
     """Numbers that the time is embedded in."""
     norm: Literal["double", "adagn", "shift"]
     """Adaptive double normalisation, AdaGN, or the shift of Score SDE and EDM."""
+
+    def misfit(self, resolution: int) -> tuple[str, str] | None:
+        for channels in sorted(self._normalised()):
+            multiple = max(4, min(32, channels // 4))  # groups of at least 4 channels, at most 32 of them
+            if channels % multiple:
+                what = f"{channels} channels (width · multiplier, with skips) for a group norm"
+                return "width", f"makes {what}, which takes a multiple of {multiple}: change it or the multipliers"
+        return super().misfit(resolution)
+
+    def _normalised(self) -> set[int]:
+        """The numbers of channels that blocks get and give. In the decoder's level l a block gets those of level l + 1, then of l itself,
+        and a skip beside them: of level l, the last one's of l − 1."""
+        levels = [m * self.width for m in self.multipliers]
+        found = {self.width, *levels}
+        for above, own, below in zip([self.width, *levels], levels, [*levels[1:], levels[-1]], strict=False):
+            found |= {below + own, own + above}
+            if self.blocks > 1:
+                found.add(2 * own)
+        return found
 
 
 Network = Annotated[SmallNetwork | EDM2Network | DDPMPPNetwork, Field(discriminator="architecture")]

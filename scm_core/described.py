@@ -39,10 +39,17 @@ def load_described(path: Path, kind: str) -> Described:
         raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("scm", "{}"))
+            text = (file.metadata() or {}).get("scm", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error}); make it again") from error
-    if header.get("format") != kind:
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its description is no JSON ({error}); make it again") from error
+    if not isinstance(header, dict) or header.get("format") != kind:
         raise ValueError(f"{path}: not a file of format {kind}; make it again")
+    for key in ("config", "info"):
+        if not isinstance(header.get(key), dict):
+            raise ValueError(f"{path}: its description has no section {key!r}; make it again")
     return Described(tensors, header["config"], header["info"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class LatentStore:
     """Per-image latent Gaussians and the per-channel scaling to σ_d.
 
     `mean`, `std` (N, C, h, w) float32; `labels` (N,) int64; `channel_mean`, `channel_std` (C,) float32;
-    `sigma_data` > 0; `name` of the image set. `ValueError` if shapes disagree or a std is not finite and positive.
+    `sigma_data` > 0; `name` of the image set. `ValueError` if types or shapes disagree, or the scaling is not finite and positive. The
+    values of `mean` and `std`, which may be larger than memory, are not looked at: `encode_images` checks what it makes.
     """
 
     mean: Tensor
@@ -39,6 +41,10 @@ class LatentStore:
                 f"latents {self.name}: mean, std (N, C, h, w) and labels (N,) disagree: "
                 f"{tuple(self.mean.shape)}, {tuple(self.std.shape)}, {tuple(self.labels.shape)}"
             )
+        for key in ("mean", "std", "labels", "channel_mean", "channel_std"):
+            expected, found = torch.int64 if key == "labels" else torch.float32, getattr(self, key).dtype
+            if found != expected:
+                raise ValueError(f"latents {self.name}: {key} must be {expected}, got {found}")
         channels = self.mean.shape[1:2]
         if self.channel_mean.shape != channels or self.channel_std.shape != channels:
             raise ValueError(f"latents {self.name}: channel_mean and channel_std must have shape {tuple(channels)}")
@@ -46,8 +52,10 @@ class LatentStore:
             raise ValueError(
                 f"latents {self.name}: channel_std must be finite and > 0, got {self.channel_std.tolist()}"
             )
-        if not self.sigma_data > 0:
-            raise ValueError(f"latents {self.name}: sigma_data must be > 0, got {self.sigma_data}")
+        if not bool(torch.isfinite(self.channel_mean).all()):
+            raise ValueError(f"latents {self.name}: channel_mean must be finite, got {self.channel_mean.tolist()}")
+        if not (math.isfinite(self.sigma_data) and self.sigma_data > 0):
+            raise ValueError(f"latents {self.name}: sigma_data must be finite and > 0, got {self.sigma_data}")
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -112,16 +120,17 @@ def encode_images(
     encode: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, batch: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Return (mean, std), each (N, C, h, w), of `encode(x) -> (mean, logvar)` over uint8 images (N, C, H, W), `batch`
-    at a time.
+    at a time. `ValueError` if the encoder gives NaN, an infinity, or a log-variance whose std overflows.
     """
     if batch < 1:
         raise ValueError(f"batch must be ≥ 1, got {batch}")
     parts = [encode(from_uint8(chunk)) for chunk in images.split(batch)]
     mean = torch.cat([part[0] for part in parts]).contiguous()
     logvar = torch.cat([part[1] for part in parts]).contiguous()
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(logvar).all()):
+    std = (logvar / 2).exp()
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(logvar).all() and torch.isfinite(std).all()):
         raise ValueError("the encoder returned NaN or infinite latents")
-    return mean, (logvar / 2).exp()
+    return mean, std
 
 
 def save_latents(store: LatentStore, folder: str | Path) -> None:

@@ -57,8 +57,9 @@ def array_digest(*arrays: np.ndarray) -> str:
     """SHA-256 over dtype, shape and little-endian content of `arrays`, in order, as 64 hex digits."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(f"{plain.dtype.str}{array.shape}".encode())
+        digest.update(plain.data)
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks from a description, and model files: one safetensors file that holds the weights and the description."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "vae": VAE,
 }
 FORMAT = "scm-model-1"
+STUDENTS_OWN = {
+    "dropout_resolution",
+    "checkpointing",
+    "precision",
+}  # arguments that do not change what a network computes
 
 
 class Model(NamedTuple):
@@ -43,11 +49,12 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     architecture = arguments.pop("architecture", None)
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    network = ARCHITECTURES[architecture]
     try:
-        net = ARCHITECTURES[architecture](**arguments)
+        inspect.signature(network).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"architecture {architecture}: {error}") from None
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network(**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def student_of(
@@ -56,9 +63,14 @@ def student_of(
     """A student that starts equal to its teacher, and its description: the same network, with a zero-initialised guidance input if asked
     for, and its own dropout.
 
-    `options` are further arguments of the architecture that do not change its function (dropout_resolution, checkpointing, precision).
-    Raises ValueError for arguments that it does not take, and where the weights do not fit.
+    `options` are further arguments of the architecture that do not change its function: some of `STUDENTS_OWN`.
+    Raises ValueError for others, for those that the architecture does not take, and where the weights do not fit.
     """
+    if others := sorted(options.keys() - STUDENTS_OWN):
+        raise ValueError(
+            f"{others[0]}: expected one of {', '.join(sorted(STUDENTS_OWN))}: a student has its teacher's architecture in all else, "
+            f"got {options[others[0]]!r}"
+        )
     config = {**teacher.config, "guidance_input": guidance_input, "dropout": dropout, **options}
     net = build_network(config)
     result = net.load_state_dict(teacher.net.state_dict(), strict=False)
@@ -83,10 +95,13 @@ def save_model(
 def load_model(path: Path) -> Model:
     """The model in a file of `save_model`, without gradients.
 
-    FileNotFoundError or ValueError with the file's name if it is missing or damaged.
+    FileNotFoundError or ValueError with the file's name if it is missing, damaged, or of a network that is not known here.
     """
     tensors, config, info = load_described(path, FORMAT)
-    net = build_network(config)
+    try:
+        net = build_network(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; make it again") from error
     own = dict(net.named_parameters())
     for key in sorted(own.keys() ^ tensors.keys()):
         raise ValueError(

@@ -52,6 +52,54 @@ def test_the_library_takes_what_a_section_says(data: dict[str, Any]) -> None:
     assert arguments - {"fourier_seed", "patch"} == set(type(network).model_fields) - {"architecture"}
 
 
+def changed(data: dict[str, Any], **change: Any) -> dict[str, Any]:
+    """A small network of that architecture."""
+    own = {"head_channels": 12} if data is EDM2 else {"noise_channels": 8}
+    return {**data, "width": 12, "multipliers": [1, 2], "blocks": 1, "attention_resolutions": [], **own, **change}
+
+
+CHANGES = [
+    (changed(data, **change), resolution)
+    for data in (EDM2, DDPMPP)
+    for resolution in (2, 8)
+    for change in (
+        *({"width": width, "multipliers": m, "blocks": b}
+          for width in (4, 6, 10, 12, 36, 64, 132) for m in ([1], [1, 2], [3, 1, 2][: 1 + resolution // 4]) for b in (1, 2)),
+        *({"attention_resolutions": sides} for sides in ([], [4], [8, 4], [1], [16], [3], [8, 2])),
+        *({"head_channels": heads, "attention_resolutions": [8], "multipliers": m}
+          for heads in (4, 8, 24, 64) for m in ([2, 1], [1, 2], [2, 4]) if data is EDM2),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "resolution"), CHANGES, ids=str)
+def test_what_does_not_fit_is_known_before_the_network_is_built(data: dict[str, Any], resolution: int) -> None:
+    """The library is the oracle: `misfit` names a key exactly where the network refuses its arguments."""
+    network = section(data)
+    assert not resolution % network.downsampling
+    wrong = network.misfit(resolution)
+    config = {**network.config(0.5), "channels": 1, "resolution": resolution, "labels": 0}
+    refusal = None
+    try:
+        with torch.device("meta"):
+            build_network(config)
+    except ValueError as error:
+        refusal = str(error)
+    assert (wrong is None) == (refusal is None), (wrong, refusal)
+    if wrong is not None:
+        assert wrong[0] in type(network).model_fields
+
+
+def test_both_kinds_of_network_are_among_them() -> None:
+    for architecture in ("edm2", "ddpmpp"):
+        found = {section(data).misfit(side) is None for data, side in CHANGES if data["architecture"] == architecture}
+        assert found == {True, False}
+        keys = {
+            (section(data).misfit(side) or ("",))[0] for data, side in CHANGES if data["architecture"] == architecture
+        }
+        assert keys == {"", "attention_resolutions", "head_channels" if architecture == "edm2" else "width"}
+
+
 def test_work_grows_as_the_networks_of_the_paper_do() -> None:
     """Table 2 of EDM2: XS to XXL cost 46, 102, 181, 282, 406, 552 gigaflops per evaluation at 64 × 64."""
     cost = [section({**EDM2, "width": width}).work(64) for width in WIDTHS.values()]

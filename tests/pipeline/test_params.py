@@ -175,6 +175,59 @@ def test_a_resolution_is_refused_where_the_classifier_refuses_it(source: str, si
         assert validate(data).active.slots["pixel_cond"].dataset.resolution == side
 
 
+UNET = {
+    "architecture": "edm2", "width": 16, "multipliers": [1, 2], "blocks": 1, "attention_resolutions": [4], "head_channels": 16,
+    "embedding": "positional", "c_noise": "t", "norm": "double", "checkpointing": False, "precision": "fp32",
+}  # fmt: skip
+DDPMPP = {
+    **{key: value for key, value in UNET.items() if key != "head_channels"},
+    "architecture": "ddpmpp",
+    "noise_channels": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "student", "words"),
+    [
+        (UNET, {}, None),
+        (DDPMPP, {}, None),
+        (
+            {**UNET, "attention_resolutions": [16]},
+            {},
+            r"network\.attention_resolutions: must be some of the network's, \[8, 4\], got 16",
+        ),
+        (
+            {**UNET, "head_channels": 64},
+            {},
+            r"network\.head_channels: must divide the 32 channels \(width · multiplier\) of the attention at resolution 4, got 64",
+        ),
+        (
+            {**DDPMPP, "width": 132},
+            {},
+            r"network\.width: makes 132 channels .* for a group norm, which takes a multiple of 32",
+        ),
+        ({**UNET, "checkpointing": True}, {}, None),
+        ({**UNET, "checkpointing": True}, {"tangent_engine": "finite_difference"}, None),
+        (UNET, {"tangent_engine": "func"}, None),
+        (
+            {**UNET, "checkpointing": True},
+            {"tangent_engine": "func"},
+            r"students\.scd\.tangent_engine: must not be func, as the network of size S has checkpointing, .* use auto",
+        ),
+    ],
+)
+def test_a_network_that_cannot_be_built_or_trained_is_refused(network: Any, student: Any, words: str | None) -> None:
+    """Before any job: the resolution is that of the latents, 8."""
+    data = read_yaml(ROOT / "params.yaml")
+    size = data["scales"]["demo"]["slots"]["latent_guided"]["sizes"]["S"]
+    size["network"], size["students"]["scd"] = network, {**size["students"]["scd"], **student}
+    if words is None:
+        validate(data)
+    else:
+        with pytest.raises(ParamsError, match=words):
+            validate(data)
+
+
 def pixel_slot(source: str, side: int) -> dict[str, Any]:
     """The parameters with a pixel slot of labelled images beside the latent one."""
     data = read_yaml(ROOT / "params.yaml")

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from scm_core.nn import build
 from scm_core.nn.build import Model, build_network, count_parameters, load_model, save_model, student_of
 
 CONFIG: dict[str, Any] = {"architecture": "small", "channels": 2, "resolution": 4, "labels": 3, "width": 8, "blocks": 2}
@@ -100,8 +102,23 @@ def test_a_student_may_differ_in_what_does_not_change_its_function(config: dict[
     exact, _ = student_of(teacher, guidance_input=False, dropout=0.3)
     torch.testing.assert_close(net.eval()(*inputs()), teacher.net(*inputs()), rtol=0, atol=0.1)
     assert torch.equal(exact.eval()(*inputs()), teacher.net(*inputs()))
-    with pytest.raises(ValueError, match=f"architecture {config['architecture']}: .*dropout_at"):
-        student_of(teacher, guidance_input=False, dropout=0.3, dropout_at=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": "adagn"}, {"c_noise": "edm"}, {"embedding": "fourier"}, {"head_channels": 2}, {"dropout_at": 16}],
+)
+def test_a_student_may_not_differ_in_what_does(options: dict[str, Any]) -> None:
+    """Weights would often fit, and the student would not start equal to its teacher."""
+    with pytest.raises(
+        ValueError, match=f"{next(iter(options))}: expected one of checkpointing, dropout_resolution, precision"
+    ):
+        student_of(trained(EDM2), guidance_input=False, dropout=0.0, **options)
+
+
+def test_a_small_network_has_none_of_them(teacher: Model) -> None:
+    with pytest.raises(ValueError, match=r"architecture small: .*checkpointing"):
+        student_of(teacher, guidance_input=False, dropout=0.0, checkpointing=True)
 
 
 def test_a_student_of_another_architecture_is_refused(teacher: Model) -> None:
@@ -121,6 +138,17 @@ def test_a_wrong_description_is_named(config: dict[str, Any], words: str) -> Non
         build_network(config)
 
 
+def test_a_fault_within_a_constructor_is_not_blamed_on_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, width: int) -> None:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setitem(build.ARCHITECTURES, "broken", type("Broken", (torch.nn.Module,), {"__init__": broken}))
+    with pytest.raises(TypeError, match=r"^unsupported operand$"):
+        build_network({"architecture": "broken", "width": 1})
+    with pytest.raises(ValueError, match="architecture broken: missing a required argument: 'width'"):
+        build_network({"architecture": "broken"})
+
+
 def test_a_damaged_file_is_named(teacher: Model, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     with pytest.raises(FileNotFoundError, match=r"m\.safetensors is missing"):
@@ -135,6 +163,34 @@ def test_a_damaged_file_is_named(teacher: Model, tmp_path: Path) -> None:
     save_model(path, weights, CONFIG)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("[]", "not a file of format scm-model-1"),
+        ("null", "not a file of format scm-model-1"),
+        ("{bad", "its description is no JSON"),
+        ('{"format": "scm-model-1"}', "its description has no section 'config'"),
+        ('{"format": "scm-model-1", "config": {"architecture": "small"}}', "its description has no section 'info'"),
+        ('{"format": "scm-model-1", "config": [], "info": {}}', "its description has no section 'config'"),
+        ('{"format": "scm-model-1", "config": {}, "info": {}}', "architecture: expected one of small, .*, got None"),
+        (
+            '{"format": "scm-model-1", "config": {"architecture": "dit"}, "info": {}}',
+            "architecture: expected one of small, .*, got 'dit'",
+        ),
+        (
+            '{"format": "scm-model-1", "config": {"architecture": "small"}, "info": {}}',
+            "architecture small: missing a required argument",
+        ),
+    ],
+)
+def test_a_damaged_description_is_named(header: str, words: str, tmp_path: Path) -> None:
+    """With the file's name and what to do, whatever stands in the header."""
+    path = tmp_path / "m.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, metadata={"scm": header})
+    with pytest.raises(ValueError, match=rf"m\.safetensors: {words}.*; make it again"):
         load_model(path)
 
 

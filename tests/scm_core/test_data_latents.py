@@ -2,6 +2,8 @@
 """Latent stores: scaling to σ_d, sampling, disk; and the order of the data."""
 
 import hashlib
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,8 @@ def test_encoding_in_batches() -> None:
     torch.testing.assert_close(std.square(), from_uint8(images).exp())
     with pytest.raises(ValueError, match="NaN"):
         encode_images(lambda x: (x * torch.nan, x), images)
+    with pytest.raises(ValueError, match="infinite"):
+        encode_images(lambda x: (x, 200 * x.abs().add(1)), images)  # finite, but not its exponential
     with pytest.raises(ValueError, match="batch must be"):
         encode_images(lambda x: (x, x), images, batch=0)
 
@@ -88,8 +92,18 @@ def test_impossible_latents_are_refused() -> None:
         latent_store(mean * 0, mean * 0, labels, 0.5, "flat")
     with pytest.raises(ValueError, match="disagree"):
         latent_store(mean, mean[:3], labels, 0.5, "x")
-    with pytest.raises(ValueError, match="sigma_data must be > 0"):
-        latent_store(mean, mean.abs(), labels, 0.0, "x")
+    for sigma_data in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="sigma_data must be finite and > 0"):
+            latent_store(mean, mean.abs(), labels, sigma_data, "x")
+    with pytest.raises(ValueError, match="channel_mean must be finite"):
+        latent_store(mean, mean.abs(), labels, 0.5, "x", torch.full((4,), math.nan), torch.ones(4))
+    good = latent_store(mean, mean.abs(), labels, 0.5, "x")
+    for key, wrong in (
+        ("mean", mean.half()), ("std", mean.double()), ("labels", labels.int()), ("labels", labels.float()),
+        ("channel_mean", good.channel_mean.double()), ("channel_std", good.channel_std.bfloat16()),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"latents x: {key} must be torch.(float32|int64), got {wrong.dtype}"):
+            replace(good, **{key: wrong})
     with pytest.raises(ValueError, match="both or neither"):
         latent_store(mean, mean.abs(), labels, 0.5, "x", channel_mean=torch.zeros(4))
     with pytest.raises(ValueError, match=r"shape \(4,\)"):

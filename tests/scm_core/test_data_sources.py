@@ -3,7 +3,9 @@
 
 import csv
 import gzip
+import hashlib
 import json
+import struct
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from scm_core.data import ImageSet, from_uint8, load_images, load_source, save_images, set_name
 from scm_core.data.arrays import load_arrays, save_arrays
+from scm_core.data.sources import array_digest
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,17 @@ def test_a_set_is_called_what_its_name_is_known_to_be(source: str, resolution: i
     images = load_source(source, resolution)
     assert set_name(source, images.images.shape[-1]) == images.name
     assert images.name == source + {4: "-4", 16: "-16"}.get(images.images.shape[-1], "")
+
+
+def test_a_digest_is_of_numbers_not_of_a_machines_byte_order() -> None:
+    """Shape, type and content matter; the order of bytes and of memory does not. Written out for little-endian 32-bit integers."""
+    numbers = np.arange(6, dtype="<i4").reshape(2, 3)
+    expected = hashlib.sha256(b"<i4(2, 3)" + b"".join(struct.pack("<i", n) for n in range(6))).hexdigest()
+    assert array_digest(numbers) == expected
+    assert array_digest(numbers.astype(">i4")) == expected
+    assert array_digest(np.asfortranarray(numbers)) == expected
+    others = [numbers.reshape(3, 2), numbers.astype("<i8"), numbers + 1]
+    assert expected not in map(array_digest, others)
 
 
 def test_unknown_sources_and_resolutions_are_refused() -> None:
