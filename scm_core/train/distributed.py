@@ -39,15 +39,11 @@ class Ranks:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def share(self, batch: Batch) -> Batch:
-        """This process's part of a batch. ValueError unless its size is a multiple of the number of processes."""
-        if self.count == 1:
-            return batch
-        size = len(batch.indices)
-        if size % self.count:
-            raise ValueError(f"batch: expected a multiple of the {self.count} processes, got {size}")
-        own = slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
-        return Batch(batch.x0[own], None if batch.labels is None else batch.labels[own], batch.indices[own])
+    def share(self, batch: int) -> tuple[int, int]:
+        """This process's part of a batch of that size: its first sample, and how many. ValueError unless all get the same."""
+        if batch % self.count:
+            raise ValueError(f"batch: expected a multiple of the {self.count} processes, got {batch}")
+        return self.rank * (batch // self.count), batch // self.count
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest over the processes of each element of x, in place; on a GPU without waiting for it."""
@@ -96,6 +92,13 @@ class Ranks:
 SINGLE = Ranks()
 
 
+def own_device() -> torch.device:
+    """Where this process computes: on the GPU of its place on the machine (LOCAL_RANK), or on the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 @contextmanager
 def connected(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     """The place that the environment describes, with the processes connected: NCCL where there are GPUs, gloo where there are none.
@@ -103,8 +106,7 @@ def connected(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     Without WORLD_SIZE, or if it is 1, this process is alone. ValueError for variables that are missing.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if count == 1:

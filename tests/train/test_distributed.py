@@ -38,6 +38,12 @@ def batch(iteration: int) -> Batch:
     return Batch(X0[indices], LABELS[indices], indices)
 
 
+def share(ranks: Ranks, whole: Batch) -> Batch:
+    """A process's part of a batch."""
+    start, count = ranks.share(len(whole.indices))
+    return Batch(*(x[start : start + count] for x in whole))
+
+
 def make(
     method: str, ranks: Ranks, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> tuple[TrainState, Objective, dict[str, Objective]]:
@@ -70,7 +76,7 @@ def run(method: str, ranks: Ranks, **changes: Any) -> tuple[list[list[int]], lis
     order, scalars = [], []
     state.train()
     for iteration in range(STEPS):
-        part = ranks.share(batch(iteration))
+        part = share(ranks, batch(iteration))
         terms = train_step(state, wrapped, part, beside)
         order.append(part.indices.tolist())
         scalars.append({"loss": float(terms.loss), **{k: float(v) for k, v in terms.scalars.items()}})
@@ -160,13 +166,13 @@ def test_a_sharded_state_is_restored_by_another_number_of_processes(processes: A
             state, objective, _ = make("diffusion", ranks, shard_optimizer=True)
             wrapped = synchronized(objective, state.modules(), ranks)
             for iteration in range(3):
-                train_step(state, wrapped, ranks.share(batch(iteration)))
+                train_step(state, wrapped, share(ranks, batch(iteration)))
             stored = {k: v.clone() for k, v in state.tensors().items()}, {**state.meta(), "iteration": 3}
             again, objective, _ = make("diffusion", ranks, shard_optimizer=True)
             box = [stored]
             torch.distributed.broadcast_object_list(box, src=0, group=ranks.host)
             again.restore(*box[0])
-            train_step(again, synchronized(objective, again.modules(), ranks), ranks.share(batch(3)))
+            train_step(again, synchronized(objective, again.modules(), ranks), share(ranks, batch(3)))
             return stored, again.tensors()
 
     (stored, after), _ = processes(two, 2)
@@ -188,7 +194,7 @@ def test_nan_on_one_process_is_applied_by_none(processes: Any, where: str) -> No
                 objective = poisoned(objective, state, where, at=2)
             wrapped, seen = synchronized(objective, state.modules(), ranks), []
             for iteration in range(4):
-                train_step(state, wrapped, ranks.share(batch(iteration)))
+                train_step(state, wrapped, share(ranks, batch(iteration)))
                 seen.append(
                     ({k: v.clone() for k, v in state.tensors().items()}, state.skipped, list(state.descriptions))
                 )
@@ -238,7 +244,7 @@ def test_a_dead_process_stops_the_others(processes: Any) -> None:
             for iteration in range(STEPS):
                 if rank == 1 and iteration == 2:
                     os._exit(9)
-                train_step(state, wrapped, ranks.share(batch(iteration)))
+                train_step(state, wrapped, share(ranks, batch(iteration)))
 
     began = time.monotonic()
     started = processes.start(body, 2)
@@ -253,7 +259,7 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     """9 samples for 2 processes, or in 2 parts: a ValueError that names both numbers."""
     odd = Batch(torch.zeros(9, 2, 4, 4), None, torch.arange(9))
     with pytest.raises(ValueError, match="batch: expected a multiple of the 2 processes, got 9"):
-        Ranks(0, 2).share(odd)
+        Ranks(0, 2).share(9)
     state, objective, _ = make("diffusion", SINGLE, accumulation=2)
     with pytest.raises(ValueError, match="accumulation: expected a divisor of the 9 samples of a process, got 2"):
         train_step(state, objective, odd)

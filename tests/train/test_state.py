@@ -106,7 +106,9 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"step-1: tensor 'net/surplus' is unknown here \(1 in all\)"):
         other.restore({**stored, "net/surplus": torch.zeros(1)}, meta, "step-1")
     wrong = {**stored, "ema/result/conv_out.weight": torch.zeros(3)}
-    with pytest.raises(CheckpointError, match=r"'ema/result/conv_out.weight' has shape \(3,\), expected \(8, 8, 3, 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'ema/result/conv_out.weight' has shape \(3,\), expected \(8, 8, 3, 3\)"
+    ):
         other.restore(wrong, meta, "step-1")
     after = copy_of(other)
     assert all(torch.equal(before[name], after[name]) for name in before)
