@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the derivative of attention costs in time and memory, and how exact it is: `python benchmarks/bench_attention.py`.
+"""What the derivative of attention costs in time and memory, and how exact it is: `python benchmarks/bench_attention.py [SECTION …]`.
 
-Time: one forward of plain attention, the same with a tangent (`chunked`, and `triton` on a GPU), and torch.func.jvp through torch's math
-path, which holds the whole score matrix, take turns in one run. Memory: the peak of a fresh process over the length. Accuracy: the
-Triton kernel (in its interpreter where there is no GPU), `chunked` and the package jvp_flash_attention, if that is installed, against
-float64. Without the package its rows of the last run are kept. Writes benchmarks/results/attention.json and .md.
+Time: plain attention, the same with a tangent (`chunked`, and `triton` on a GPU), and torch.func.jvp through torch's math path, which holds
+the whole score matrix, take turns in one run; the forward alone, and forward and backward together. Memory: the peak of a fresh process
+over the length. Accuracy: the Triton kernel (in its interpreter where there is no GPU), `chunked` and the package jvp_flash_attention, if
+that is installed, against float64; without the package its rows of an earlier run stay.
+
+Sections: times, memory, accuracy. Those that are not named keep their results, and every result says what it was measured on. Writes
+benchmarks/results/attention.json and .md.
 """
 
+import argparse
 import ctypes
 import json
 import math
@@ -30,14 +34,18 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from scm_core.nn.attention import attention  # noqa: E402
+from scm_core.nn.attention import MAX_HEAD_DIM, attention  # noqa: E402
 from scm_core.nn.dual import Dual  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LENGTHS = (1024, 2048, 4096, 8192)
 SHAPES = ((16, 4, 64, 64), (8, 4, 256, 64), (8, 1, 256, 256), (1, 4, 1024, 64), (1, 1, 4096, 64))  # B, heads, L, d
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOOR = 3.5  # products of L×L×d: two for the value; five for the tangent, one of which is the scores again (six over blocks of keys)
+# Half precision on a CPU is emulated: one format shows what `chunked` costs that computes in float32. Triton's interpreter is not timed.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.bfloat16)
+# Products of L×L×d: two for the value; five for the tangent, one of which is the scores again (six over blocks of keys); five for the
+# backward, which makes the scores again, too.
+FLOORS = {"forward": 7 / 2, "forward and backward": 12 / 7}
 PACKAGE = "jvp_flash_attention"
 WHY = """\
 ## Why a kernel of our own
@@ -124,17 +132,22 @@ def print_peaks(way: str, d: int, lengths: Sequence[int]) -> None:
 # ---- time ------------------------------------------------------------------------------------------------------------------
 
 
-def times(shape: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
+def times(shape: tuple[int, int, int, int], dtype: torch.dtype, span: str, seconds: float) -> dict[str, Any]:
     """Median milliseconds of plain attention, and median ratios to it over rounds in which the ways take turns."""
-    values, tangents = inputs(*shape)
-    ways = {name: way for name, way in WAYS.items() if name != "triton" or DEVICE == "cuda"}
+    values, tangents = ([x.to(dtype) for x in group] for group in inputs(*shape))
+    values = [x.requires_grad_(span != "forward") for x in values]
+    on_gpu = DEVICE == "cuda" and shape[3] <= MAX_HEAD_DIM[dtype]
+    ways = {name: way for name, way in WAYS.items() if name != "triton" or on_gpu}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     begin, rounds = time.perf_counter(), 0
     while rounds < 7 or time.perf_counter() - begin < seconds:
         for name, way in ways.items():
             start = time.perf_counter()
-            with torch.no_grad():
-                way(values, tangents)
+            with torch.set_grad_enabled(span != "forward"):
+                result = way(values, tangents)
+            if span != "forward":
+                value = result if isinstance(result, Tensor) else result[0]
+                torch.autograd.grad(value, values, torch.ones_like(value))
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             if rounds >= 2:
@@ -143,6 +156,8 @@ def times(shape: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
     ratios = {name: statistics.median(t / p for t, p in zip(taken[name], taken["plain"], strict=True)) for name in ways}
     return {
         "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "span": span,
         "rounds": rounds - 2,
         "plain_ms": round(1000 * statistics.median(taken["plain"]), 3),
         **{f"{name}_ratio": round(ratio, 2) for name, ratio in ratios.items() if name != "plain"},
@@ -213,20 +228,40 @@ def print_errors() -> None:
 
 
 def accuracy(previous: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a run in a process of its own, and the package's rows of the last run where it is not installed."""
+    """The rows of a run in a process of its own, and the package's rows of an earlier run where it is not installed."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if DEVICE == "cuda" else "1"}
     done = subprocess.run(
         [sys.executable, __file__, "--errors"], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stderr)
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = [{**row, "on": provenance()} for row in json.loads(done.stdout.splitlines()[-1])]
     if not any(PACKAGE in row["kernel"] for row in rows):
         rows += [row for row in previous if PACKAGE in row["kernel"]]
     return rows
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """What a result was measured on."""
+    return {
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+    }
+
+
+def described(on: dict[str, Any]) -> str:
+    """The provenance as words."""
+    return (
+        f"{on['device']}, torch {on['torch']}, triton {on['triton']}, {on['threads']} thread, "
+        f"load average {on['load']} on {on['cores']} cores"
+    )
 
 
 def processor() -> str:
@@ -245,31 +280,32 @@ def number(value: float | str) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    ratios = [name for name in WAYS if f"{name}_ratio" in report["times"][0]]
+    rows, memory = report["times"]["rows"], report["memory"]["peaks"]
+    ratios = [name for name in WAYS if any(f"{name}_ratio" in row for row in rows)]
     lines = [
         "# The derivative of attention",
         "",
-        f"{report['device']}, torch {report['torch']}, {report['threads']} thread; "
-        f"load average {report['load']} on {report['cores']} cores.",
-        "",
         "## Time",
         "",
-        "A forward in float32 with a tangent, in forwards of plain attention without one (the median over rounds of the ratio within "
-        f"the round). By products of L×L×d the floor is {FLOOR}, or 4 for L > 256, "
-        "where the value is accumulated a second time. `matrix` is torch.func.jvp through torch's math path (the engine `func`).",
+        f"Measured on {described(report['times']['on'])}.",
         "",
-        "| B | heads | L | d | plain, ms | " + " | ".join(ratios) + " |",
-        "|---|---|---|---|---|" + "---|" * len(ratios),
+        "With a tangent, in times of plain attention without one (the median over rounds of the ratio within the round). By products of "
+        f"L×L×d the floor of a forward is {FLOORS['forward']:.2f}, or 4 for L > 256, where `chunked` accumulates the value a second time; "
+        f"of forward and backward {FLOORS['forward and backward']:.2f}, as a tangent has no backward. `matrix` is torch.func.jvp through "
+        "torch's math path (the engine `func`).",
+        "",
+        "| B | heads | L | d | dtype | span | plain, ms | " + " | ".join(ratios) + " |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(ratios),
     ]
-    for row in report["times"]:
-        cells = [*map(str, row["shape"]), f"{row['plain_ms']:.2f}", *(f"{row[f'{name}_ratio']:.2f}" for name in ratios)]
-        lines.append("| " + " | ".join(cells) + " |")
-    memory = report["memory"]
+    for row in rows:
+        found = (row.get(f"{name}_ratio") for name in ratios)
+        cells = [*map(str, row["shape"]), row["dtype"], row["span"], f"{row['plain_ms']:.2f}"]
+        lines.append("| " + " | ".join([*cells, *("–" if ratio is None else f"{ratio:.2f}" for ratio in found)]) + " |")
     lines += [
         "",
         "## Memory",
         "",
-        "Peak of one head with d = 64 in float32, MB, inputs and results included.",
+        f"Peak of one head with d = 64 in float32, MB, inputs and results included. Measured on {described(report['memory']['on'])}.",
         "",
         "| way | " + " | ".join(f"L = {length}" for length in LENGTHS) + " |",
         "|---|" + "---|" * len(LENGTHS),
@@ -279,10 +315,15 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "## Accuracy",
         "",
-        "Largest error against float64 in units of the largest entry (value / tangent); 2 heads, L = 128, d = 64. "
-        + ("On the GPU." if DEVICE == "cuda" else "Kernels in Triton's interpreter on the CPU."),
+        "Largest error against float64 in units of the largest entry (value / tangent); 2 heads, L = 128, d = 64. On a CPU the kernels run "
+        "in Triton's interpreter.",
         "",
     ]
+    places: dict[str, list[str]] = {}
+    for row in report["accuracy"]:
+        if row["kernel"] not in places.setdefault(described(row["on"]), []):
+            places[described(row["on"])].append(row["kernel"])
+    lines += [*(f"- {', '.join(kernels)}: measured on {place}" for place, kernels in places.items()), ""]
     kernels = list(dict.fromkeys(row["kernel"] for row in report["accuracy"]))
     lines += ["| inputs | dtype | " + " | ".join(kernels) + " |", "|---|---|" + "---|" * len(kernels)]
     found = {(r["case"], r["dtype"], r["kernel"]): r for r in report["accuracy"]}
@@ -295,23 +336,35 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", WHY]) + "\n"
 
 
+SECTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "times": lambda report: {
+        "on": provenance(),
+        "rows": [times(shape, dtype, span, 4.0) for shape in SHAPES for dtype in DTYPES for span in FLOORS],
+    },
+    "memory": lambda report: {
+        "on": provenance(),
+        "peaks": {way: peak_memory(way, LENGTHS, d=64) for way in WAYS if way != "triton" or DEVICE == "cuda"},
+    },
+    "accuracy": lambda report: accuracy(report.get("accuracy", [])),
+}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost and accuracy of attention's derivative.")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all by default")
+    chosen = parser.parse_args().sections
+    for name in chosen:
+        if name not in SECTIONS:
+            parser.error(f"{name}: expected some of {', '.join(SECTIONS)}")
     torch.set_num_threads(1)
-    written = RESULTS / "attention.json"
-    previous = json.loads(written.read_text())["accuracy"] if written.exists() else []
-    report: dict[str, Any] = {
-        "device": processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "times": [times(shape, 4.0) for shape in SHAPES],
-        "memory": {way: peak_memory(way, LENGTHS, d=64) for way in WAYS if way != "triton" or DEVICE == "cuda"},
-        "accuracy": accuracy(previous),
-    }
+    path = RESULTS / "attention.json"
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     RESULTS.mkdir(exist_ok=True)
-    written.write_text(json.dumps(report, indent=1) + "\n")
-    page = markdown(json.loads(written.read_text()))
+    for name in SECTIONS:
+        if name in chosen or not chosen or name not in report:
+            report[name] = SECTIONS[name](report)
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    page = markdown(json.loads(path.read_text()))
     (RESULTS / "attention.md").write_text(page)
     print(page)
 

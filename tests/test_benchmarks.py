@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks' pages conclude from their numbers, with made-up ones; nothing is timed."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which importing it sets
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize(
+    ("time", "memory", "words"),
+    [
+        (1.32, 1.0, "below the floor: noise or the optimizer's share"),
+        (1.34, 1.0, "met"),
+        (1.40, 1.3, "met"),
+        (1.41, 1.0, "missed"),
+        (1.34, 1.31, "missed"),
+    ],
+)
+def test_a_step_below_its_floor_is_not_called_met(
+    time: float, memory: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_cost = benchmark("bench_step_cost", monkeypatch)
+    assert step_cost.judged(time, memory, target=1.40, floor=4 / 3) == words
+
+
+def test_the_page_of_step_costs_judges_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_cost = benchmark("bench_step_cost", monkeypatch)
+    quartiles = {
+        "quartiles": [1.0, 2.0],
+        "passes_quartiles": [1.0, 2.0],
+        "passes_share": 0.9,
+        "rounds": 11,
+        "peak_mb": 105.0,
+    }
+    found = {"sCT": 1.20, "sCD": 1.70, "sCD, guided": 2.50}
+    rows = [
+        {"method": m, "engine": "dual", "teacher_steps": r, "passes": r + 0.2, **quartiles} for m, r in found.items()
+    ]
+    result = {
+        "title": "Net", "batch": 1, "parameters": 10, "rows": rows, "teacher_ms": 5.0, "teacher_mb": 100.0,
+        "cpu": "C", "cores": 2, "torch": "2", "load": 0.1,
+    }  # fmt: skip
+    page = step_cost.markdown({"net": result})
+    assert "| sCT | Net | 1.33 | 1.40 | 1.40 | 1.20 | 1.05 | below the floor: noise or the optimizer's share |" in page
+    assert "| sCD | Net | 1.67 | 1.75 | 1.90 | 1.70 | 1.05 | met |" in page
+    assert "| sCD, guided | Net | 2.00 | 2.05 | 2.70 | 2.50 | 1.05 | missed |" in page
+
+
+def test_only_networks_that_have_checkpointing_are_timed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_cost = benchmark("bench_step_cost", monkeypatch)
+    row = ("sCD, guided, checkpointing", "dual")
+    assert row in step_cost.NETWORKS["xs-16"]().rows()
+    assert row not in step_cost.NETWORKS["demo-S"]().rows()
+    assert step_cost.NETWORKS["demo-S"]().rounds >= 11
+
+
+@pytest.mark.parametrize(
+    ("factors", "lost", "words"),
+    [
+        ((0.9, 1.2), 5, r"error is 0\.90 to 1\.20 times the rearranged one's: .* range, not about digits\."),
+        ((0.9, 3.0), 5, r"error is 0\.90 to 3\.00 times the rearranged one's\.$"),
+        ((0.4, 1.0), 5, r"error is 0\.40 to 1\.00 times the rearranged one's\.$"),
+        ((0.9, 1.2), 0, r"error is 0\.90 to 1\.20 times the rearranged one's\.$"),
+    ],
+)
+def test_the_rearrangements_conclusion_follows_its_numbers(
+    factors: tuple[float, float], lost: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision = benchmark("bench_tangent_precision", monkeypatch)
+    rows = []
+    for factor, missing in ((factors[0], 0), (factors[1], 0), (99.0, 1)):  # the last is not compared
+        ways = {
+            "rearranged": {"error": 1e-3, "not_finite": 0},
+            "plain": {"error": 1e-3 * factor, "not_finite": missing},
+        }
+        rows.append({f"{name} {way}": cell for name in precision.PRECISIONS for way, cell in ways.items()})
+    text = precision.verdict({"inputs": {"one": rows}}, {"plain": lost, "rearranged": 0})
+    assert re.search(words, text), text
+
+
+def test_rows_of_an_earlier_run_keep_what_they_were_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = benchmark("bench_attention", monkeypatch)
+    errors = {"case": "c", "dtype": "float32", "value": 1e-7, "tangent": 1e-7}
+    now = SimpleNamespace(returncode=0, stdout=json.dumps([{**errors, "kernel": "chunked"}]))
+    monkeypatch.setattr(attention.subprocess, "run", lambda *_, **__: now)
+    elsewhere = {**attention.provenance(), "device": "Another"}
+    earlier = [
+        {**errors, "kernel": f"{attention.PACKAGE} 0.1", "on": elsewhere},
+        {**errors, "kernel": "chunked", "on": elsewhere},
+    ]
+    rows: list[dict[str, Any]] = attention.accuracy(earlier)
+    assert [(row["kernel"], row["on"]["device"]) for row in rows] == [
+        ("chunked", attention.processor()),
+        (f"{attention.PACKAGE} 0.1", "Another"),
+    ]
+    on = attention.provenance()
+    report = {"times": {"on": on, "rows": []}, "memory": {"on": on, "peaks": {}}, "accuracy": rows}
+    assert f"- {attention.PACKAGE} 0.1: measured on Another, torch" in attention.markdown(report)
+
+
+def test_the_published_pages_are_those_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("attention", "tangent_precision"):
+        results = ROOT / "benchmarks" / "results"
+        report = json.loads((results / f"{name}.json").read_text())
+        assert benchmark(f"bench_{name}", monkeypatch).markdown(report) == (results / f"{name}.md").read_text()
