@@ -121,6 +121,7 @@ def test_a_constant_loss(level: float) -> None:
     assert when(values) == []
     values[120] += 0.1 * abs(level)
     assert when(values) == [120]
+    assert when([level] * 20 + [level * (1 + math.copysign(1e-3, level))]) == []
     assert when([0.0] * 100) == []
 
 
@@ -131,6 +132,17 @@ def test_one_warning_for_an_event() -> None:
     values[150] += 40  # another one
     assert when(values) == [80, 150]
     assert when(values, calm=2) == [80, 85, 150]
+
+
+def test_an_event_ends_well_below_where_it_began() -> None:
+    """At half the deviation, or a factor of 2: what only just left it has not ended it."""
+    for key, before, event, near, away in (
+        ("loss", [4.0, 6.0] * 20, 40.0, 21.0, 13.0),  # 10 deviations: 26.97, 5: 16.48
+        ("tangent_norm", [1.0] * 40, 1e3, 70.0, 40.0),  # 100, 50
+        ("tangent_norm", [1.0] * 40, 1e-5, 1.5e-3, 3e-3),  # 1e-3, 2e-3
+    ):
+        assert when([*before, event, near, event], key, calm=1) == [40]
+        assert when([*before, event, away, event], key, calm=1) == [40, 42]
 
 
 def test_a_level_that_stays_becomes_the_normal_one() -> None:
@@ -159,8 +171,10 @@ def test_nothing_is_said_at_first() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_said_and_not_remembered(bad: float) -> None:
     for key in ("loss", "tangent_norm"):
-        values = [*noisy(level=10), bad, bad, *noisy(1, level=10)]
-        assert when(values, key) == [N]
+        values = [*noisy(level=10), bad, bad, *noisy(1, n=10, level=10)]
+        monitor = Monitor()
+        assert [i for i, _ in heard(monitor, values, key)] == [N]
+        json.dumps(monitor.state(), allow_nan=False)
 
 
 def tangents(seed: int = 0, n: int = N) -> np.ndarray:
@@ -179,7 +193,11 @@ def test_tangents_that_die() -> None:
     slow = 3 * 0.9**at
     expected = next(i for i in range(N) if slow[i] < 1e-4 * np.median(slow[:10]))
     assert when(slow, "tangent_norm") == [expected]
+    assert when(slow, "tangent_norm", window=10) == [expected]  # its start is not the window's
     assert when(slow, "tangent_norm", floor=1e-30) == []
+    grown = 1e-6 * np.minimum(1e6, 1.1 ** np.arange(300.0))  # far above its start
+    grown[280:] *= 1e-4
+    assert when(grown, "tangent_norm") == [280]
 
 
 def test_tangents_that_explode() -> None:
@@ -198,6 +216,7 @@ def test_tangents_that_are_well() -> None:
         values = tangents(seed)
         for factor in (1.0, 0.1 ** (at / N), at / N):
             assert when(factor * values, "tangent_norm") == []
+    assert when([0.0] * 15 + [1.0] * 5, "tangent_norm") == []
 
 
 def test_gradients_that_are_gone() -> None:
@@ -254,6 +273,7 @@ def test_a_state_is_a_copy() -> None:
     state = monitor.state()
     other = Monitor(window=12)
     other.restore(state)
+    assert other.state()["loss"]["last"] == state["loss"]["last"][-12:]
     before = json.dumps(state)
     heard(monitor, noisy(1), first=21)
     heard(other, noisy(1), first=21)
