@@ -24,8 +24,9 @@ IMAGES = 4096
 
 def edm2_s(batch: int) -> Network:
     """EDM2 S on latents of ImageNet 512, its trunk in bf16."""
-    config = {**edm2_xs(64, batch).config, "width": WIDTHS["S"], "precision": "bf16"}
-    return Network("EDM2 S, 4×64×64, bf16", config, batch, 10.0)
+    smaller = edm2_xs(64, batch)
+    config = {**smaller.config, "width": WIDTHS["S"], "precision": "bf16"}
+    return smaller._replace(title="EDM2 S, 4×64×64, bf16", config=config)
 
 
 def deviation(network: Network, device: str) -> float:
