@@ -59,12 +59,14 @@ def changed(data: dict[str, Any], **change: Any) -> dict[str, Any]:
 
 
 CHANGES = [
-    (changed(data, **change), resolution)
+    (changed(data, **change), 8)
     for data in (EDM2, DDPMPP)
-    for resolution in (2, 8)
     for change in (
         *({"width": width, "multipliers": m, "blocks": b}
-          for width in (4, 6, 10, 12, 36, 64, 132) for m in ([1], [1, 2], [3, 1, 2][: 1 + resolution // 4]) for b in (1, 2)),
+          for width in (4, 10, 36, 132) for m in ([1], [1, 2], [3, 1, 2]) for b in (1, 2)),
+        # 68 + 68 channels are too many only where a level's own blocks meet its own skips; 132, where the last block meets the input's
+        *({"width": 4, "multipliers": [17, 15], "blocks": b} for b in (1, 2)),
+        {"width": 4, "multipliers": [32, 16]},
         *({"attention_resolutions": sides} for sides in ([], [4], [8, 4], [1], [16], [3], [8, 2])),
         *({"head_channels": heads, "attention_resolutions": [8], "multipliers": m}
           for heads in (4, 8, 24, 64) for m in ([2, 1], [1, 2], [2, 4]) if data is EDM2),
