@@ -2,6 +2,7 @@
 """The prefetching loader: the batches of a direct call, made ahead and not further, whatever the order, errors and ends."""
 
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -133,6 +134,35 @@ def test_what_a_jump_left_behind_is_not_served() -> None:
         assert batches(1).x0[0, 0] == 1
     assert made[:3] == [0, 1, 10]
     assert made.count(1) == 2
+
+
+def test_an_interrupted_wait_leaves_nothing_behind() -> None:
+    """Ctrl-C while it waits after a jump: the iteration that was being made before the jump can be had all the same."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(iteration: int) -> Batch:
+        if iteration == 1 and not gate.is_set():
+            begun.set()
+            assert gate.wait(PATIENCE)
+        return numbered(iteration)
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Prefetcher(slow, depth=1) as batches:
+            batches(0)
+            assert begun.wait(PATIENCE)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                batches(10)
+            threading.Timer(0.05, gate.set).start()
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+            assert batches(1).x0.item() == 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Broken(Exception):
