@@ -4,7 +4,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,14 +24,27 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
+# How scalars are shown; others by name, with four digits.
+SHOWN: dict[str, Callable[[float], str]] = {
+    "tangent_norm": lambda norm: f"tangent {norm:.3g}",
+    "memory_gb": lambda size: f"{size:.1f} GB",
+    "images_per_second": lambda rate: f"{rate:.0f} img/s" if rate >= 100 else f"{rate:.3g} img/s",
+}
+
+
+def shown(scalars: Mapping[str, float]) -> list[str]:
+    """Scalars in few words: `loss -1.234`, `tangent 0.52`, `1.2 GB`."""
+    return [SHOWN[key](value) if key in SHOWN else f"{key} {value:.4g}" for key, value in scalars.items()]
+
+
 def describe(name: str, state: dict[str, Any]) -> str:
-    """One line for a progress.json: `teacher-…: 1200/3500 it, 48.0 it/s, ETA 0:45, loss 0.123`."""
+    """One line for a progress.json: `teacher-…: 1200/3500 it, 48.0 it/s, ETA 0:45, loss 0.123, tangent 0.52, 1.2 GB`."""
     unit, rate = state["unit"], state.get("rate")
     parts = [f"{state['done']}/{state['total']} {unit}"]
     if rate:
         parts.append(f"{rate:.3g} {unit}/s" if rate < 100 else f"{rate:.0f} {unit}/s")
     parts.append(f"ETA {clock(state.get('eta_s'))}")
-    parts += [f"{key} {value:.4g}" for key, value in state.get("scalars", {}).items()]
+    parts += shown(state.get("scalars", {}))
     return f"{name}: {', '.join(parts)}"
 
 
@@ -93,7 +106,7 @@ class Progress:
         self._write()
 
     def update(self, done: int, **scalars: float) -> None:
-        """Says that `done` units are ready (a count, not an increment), with scalars worth showing."""
+        """Says that `done` units are ready (a count, not an increment), with scalars worth showing, in the order of their first coming."""
         now = self._now()
         self.done = done
         self.scalars.update(scalars)
@@ -105,7 +118,7 @@ class Progress:
             self._write()
         if self._bar is not None:
             self._bar.n = done
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in self.scalars.items()}, refresh=False)
+            self._bar.set_postfix_str(", ".join(shown(self.scalars)), refresh=False)
             self._bar.update(0)
         elif self._show and now - self._printed >= LINE_SECONDS and now - self._started >= 1.0:
             self._print()

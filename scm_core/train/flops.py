@@ -167,8 +167,8 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def _tf32() -> bool:
-    precisions = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-    return "tf32" in precisions
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return "tf32" in (convolutions.fp32_precision, products.fp32_precision)
 
 
 def utilisation(

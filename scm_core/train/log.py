@@ -62,7 +62,7 @@ class JsonlLog:
             raise ValueError(f"{self.path}: expected start(iteration) before the first line")
         if taken := [key for key in OWN if key in scalars]:
             raise ValueError(f"scalars: expected other names than {', '.join(OWN)}, got {taken[0]!r}")
-        row = {"iteration": iteration, "nimg": nimg, "time": round(self._now(), 3)}
+        row: dict[str, float | str] = {"iteration": iteration, "nimg": nimg, "time": round(self._now(), 3)}
         row |= {key: _number(float(value)) for key, value in scalars.items()}
         cut = bool(self._waiting)  # of which the disk may have taken a part
         self._waiting += json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -171,6 +171,17 @@ def test_a_run_that_is_resumed_on_a_full_disk(tmp_path: Path) -> None:
     assert rows(path) == expected(30)
 
 
+def test_a_log_that_was_moved_away_begins_anew(tmp_path: Path) -> None:
+    """With the lines that waited, and without a hole for those that are gone."""
+    path = tmp_path / "log"
+    log = logged(path, 0, 10)
+    with full_disk(path.stat().st_size):
+        log.write(15, 64 * 15, scalars(15))
+    path.rename(tmp_path / "elsewhere")
+    log.write(20, 64 * 20, scalars(20))
+    assert rows(path) == expected(20)[2:]
+
+
 def test_what_cannot_be_a_log_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         JsonlLog(tmp_path).start(0)
