@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attempts at a job that its working folder remembers (state.json): when each ran, and with which code.
 
-The fingerprint of a job holds no code, so that a comment does not throw away a day of training. What a resumed job was
-made with is therefore written down attempt by attempt, and said aloud where it is not the same.
+The fingerprint of a job holds no code. What a job was made with is therefore written down attempt by attempt; `pipeline.unfinished`
+decides whether another attempt may go on from it.
 """
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths
 from pipeline.files import read_json, write_json
-from pipeline.provenance import code_state, sources_digest
+from pipeline.provenance import code_state
 
 if TYPE_CHECKING:
     from pipeline.registry import Job
@@ -28,12 +27,16 @@ def read(job: paths.JobName) -> list[Attempt]:
     return [item if isinstance(item, dict) else {"started": float(item)} for item in found]  # once only the time
 
 
-def begin(job: "Job", mark: str) -> Attempt:
-    """Notes the start of an attempt, and with which code; warns if it goes on from what other code has made."""
-    warn_of_other_code(job)
+def begin(job: "Job", mark: str, made_with: Mapping[str, str]) -> Attempt:
+    """Notes the start of an attempt, with which parameters and inputs, and with which code."""
     close(job)
     now = {"started": time.time(), "ended": None, **code_state()}
-    state = {"fingerprint": mark, "run": manifest.run_id(job, mark), "attempts": [*read(job), now]}
+    state = {
+        "fingerprint": mark,
+        "run": manifest.run_id(job, mark),
+        "made_with": dict(made_with),
+        "attempts": [*read(job), now],
+    }
     write_json(paths.job_folder(job) / STATE, state)
     return now
 
@@ -62,26 +65,6 @@ def finished(job: paths.JobName, ended: float) -> list[Attempt]:
         }
         for attempt in read(job)
     ]
-
-
-def warn_of_other_code(job: paths.JobName) -> None:
-    """Says on stderr, in one line, that the checkpoints of a job were made by other code than there is now."""
-    attempts, folder = read(job), paths.job_folder(job)
-    if not attempts or not any((folder / "work").glob("*")) or attempts[-1].get("code") == sources_digest():
-        return
-    print(
-        f"warning: {job.name}: what it has so far was made by other code ({describe(attempts[-1])}; now "
-        f"{describe(code_state())}): training goes on from its checkpoints, an evaluation measures its points again; "
-        f"to start anew, remove {paths.relative(folder)}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def describe(code: Mapping[str, Any]) -> str:
-    """Code in words: `1a2b3c4d of commit 5e6f7a8 + uncommitted changes`."""
-    commit = f"commit {code['commit'][:7]}" if code.get("commit") else "no commit"
-    return f"{(code.get('code') or 'unknown')[:8]} of {commit}{' + uncommitted changes' if code.get('dirty') else ''}"
 
 
 def _modified(path: Path) -> float:

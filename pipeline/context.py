@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
-    from pipeline.params import Scale, Slot
+    from pipeline.params import Params, Scale, Slot
     from pipeline.registry import Job
 
 
@@ -31,7 +31,7 @@ class Context:
     """One execution of a stage. What it writes into `out` becomes the output; `work` survives a kill."""
 
     job: "Job"
-    scale: "Scale"
+    params: "Params"
     inputs: Mapping[str, Path]  # absolute
     out: Path  # empty when the stage starts
     work: Path  # checkpoints: kept when the job dies, removed after publishing
@@ -41,6 +41,11 @@ class Context:
     progress_file: Path
     log_progress: bool = True  # False: only progress.json, nothing on stdout
     code: str = ""  # digest of the sources: names what only the same code may find again in `work`
+
+    @property
+    def scale(self) -> "Scale":
+        """The parameters of the job's scale."""
+        return self.params.scales[self.job.scale]
 
     @property
     def slot(self) -> "Slot":

@@ -39,7 +39,7 @@ class JobEntry:
             signal.signal(signal.SIGTERM, _cancelled)
             signal.signal(signal.SIGINT, _cancelled)
         from pipeline import execute, params, paths, registry
-        from pipeline.errors import PipelineError
+        from pipeline.errors import PipelineError, StoppedError
         from pipeline.files import Lock
 
         # By name, not looked up: params.yaml may have become invalid, or lost the job, since it was submitted.
@@ -57,6 +57,13 @@ class JobEntry:
                 execute.note(name, self.attempt, "error", f"{name.name}: {error}")
                 raise
             execute.run_stage(job, loaded, self.launcher, self.attempt, job_id, expected=self.fingerprint)
+        except StoppedError as stopped:
+            print(f"{stopped}", flush=True)
+            if self.launcher == "slurm":
+                from scm_core.train.signals import pass_on
+
+                pass_on(*stopped.signals)  # submitit's handler asks SLURM for another start, and ends the process
+            sys.exit(stopped.status)
         except PipelineError as error:
             print(f"error: {error}", flush=True)
             sys.exit(1)

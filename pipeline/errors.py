@@ -19,6 +19,16 @@ class RegistryError(PipelineError, ValueError):
     """An unknown stage, axis or axis value was asked for."""
 
 
+class StoppedError(PipelineError):
+    """A training was asked to stop and has saved: it wants to be started again. `signals` are the numbers of those that came."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h, as scm_core.train.signals.REQUEUE_STATUS
+
+    def __init__(self, message: str, signals: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.signals = signals
+
+
 def suggestion(word: object, known: Iterable[str], noun: str = "names") -> str:
     """The end of a sentence about an unknown `word`: the nearest of `known`, or all of them."""
     known = list(known)

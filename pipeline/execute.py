@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import attempts, manifest, paths, publish
+from pipeline import attempts, manifest, paths, publish, unfinished
 from pipeline.context import Context
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import Lock, identify, read_json, write_json
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def run_stage(
             mark = manifest.fingerprint(job, params, inputs)
             if expected not in (None, mark):
                 raise Failed(f"{job.name}: params.yaml or an input changed since it was submitted; run it again")
-            publish.set_aside_if_stale(job, mark)
-            now = _prepare(job, mark, launcher, attempt, job_id)
+            unfinished.check(job, params, mark, inputs)
+            now = _prepare(job, mark, unfinished.made_with(job, params, inputs), launcher, attempt, job_id)
             _compute(job, params, inputs, mark, now, launcher, job_id, show)
         except OSError as error:
             # What a failed attempt staged is of no use, and a full disk needs the room for the words below.
@@ -99,15 +99,17 @@ def run_stage(
         raise
     except PipelineError as error:
         shutil.rmtree(folder / "out", ignore_errors=True)
-        note(job, attempt, "error", str(error))
+        note(job, attempt, "stopped" if isinstance(error, StoppedError) else "error", str(error))
         raise
     note(job, attempt, "ok", f"{job.name}: done in {time.time() - started:.0f} s")
 
 
-def _prepare(job: "Job", mark: str, launcher: str, attempt: str, job_id: str) -> attempts.Attempt:
+def _prepare(
+    job: "Job", mark: str, made_with: Mapping[str, str], launcher: str, attempt: str, job_id: str
+) -> attempts.Attempt:
     """The working folder at the start of an attempt: identity, who runs it, with which code, an empty staging folder."""
     folder = paths.job_folder(job)
-    now = attempts.begin(job, mark)
+    now = attempts.begin(job, mark, made_with)
     (folder / "work").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "out").mkdir()
@@ -140,7 +142,7 @@ def _compute(
     try:
         context = Context(
             job=job,
-            scale=params.scales[job.scale],
+            params=params,
             inputs={name: item.path for name, item in inputs.items()},
             out=folder / "out",
             work=folder / "work",
@@ -162,7 +164,7 @@ def _compute(
         run.finish(folder / "out" / paths.MANIFEST, {"seconds": seconds, "peak_memory_mb": memory})
     except BaseException as error:
         # SystemExit is how submitit's requeue leaves: the same run goes on later.
-        ends = {Exception: "FAILED", SystemExit: "SCHEDULED"}
+        ends = {StoppedError: "SCHEDULED", Exception: "FAILED", SystemExit: "SCHEDULED"}
         status = next((status for kind, status in ends.items() if isinstance(error, kind)), "KILLED")
         run.fail(status, f"{type(error).__name__}: {error}")
         raise

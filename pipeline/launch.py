@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline import attempts, manifest, paths, publish
-from pipeline.errors import PipelineError
+from pipeline import attempts, manifest, paths, publish, unfinished
+from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import Lock, is_locked, read_json, write_json
 from pipeline.progress import describe
 
@@ -44,6 +44,9 @@ def run(job: "Job", params: "Params", launcher: str = "inline") -> int:
             execute(job, params)
         else:
             Waiter(job, params, launcher).run()
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -125,14 +128,17 @@ class Waiter:
     def _submit(self, mark: str) -> "tuple[dict[str, Any], Backend]":
         from pipeline.entry import JobEntry
 
-        publish.set_aside_if_stale(self.job, mark)
+        inputs = manifest.read_inputs(self.job)
+        unfinished.check(self.job, self.params, mark, inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
-        attempts.warn_of_other_code(self.job)
         attempts.close(self.job)
         for name in (publish.EXIT, "process.json", "progress.json"):
             (self.folder / name).unlink(missing_ok=True)
         if not (self.folder / "state.json").exists():
-            write_json(self.folder / "state.json", {"fingerprint": mark, "attempts": []})
+            write_json(
+                self.folder / "state.json",
+                {"fingerprint": mark, "made_with": unfinished.made_with(self.job, self.params, inputs), "attempts": []},
+            )
             paths.log_file(self.job).unlink(missing_ok=True)
         attempt = uuid.uuid4().hex[:12]
         entry = JobEntry(
@@ -190,7 +196,7 @@ class Waiter:
                 return  # another waiter was quicker
             note = publish.exit_note(self.job, ticket)
         if note is not None and note["status"] != "ok":
-            raise PipelineError(note["message"])
+            raise StoppedError(note["message"]) if note["status"] == "stopped" else PipelineError(note["message"])
         mark_died()
         raise PipelineError(self._post_mortem(backend.cause(self.job, ticket), ticket))
 

@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training and evaluating stages share: data, decoder, training with its log, model files, sample grids."""
+"""What the training and evaluating stages share: data, decoder, names of model files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.context import Context
-from pipeline.grids import save_grid
-from pipeline.params import BasicTraining, Decay, Training
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
-from scm_core.nn.build import build_network, load_model, save_model
-from scm_core.objectives import Batch, Companion, Objective
-from scm_core.seeds import derive_seed, generator_for, sample_noise
-from scm_core.train.checkpoint import CheckpointStore
-from scm_core.train.loop import Hooks, train
-from scm_core.train.schedule import Schedule
-from scm_core.train.state import TrainSettings, TrainState
+from scm_core.nn.build import load_model
+from scm_core.objectives import Batch
+from scm_core.seeds import Shard, derive_seed
+from scm_core.train.distributed import SINGLE, Ranks
+from scm_core.train.state import TrainSettings
 from scm_core.vae import VAE
 from scm_core.validate import check_labels
 
 MODEL = "model.safetensors"  # in the output of teacher and student
 VAE_FILE = "vae.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
-GRID_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +34,15 @@ class Data:
     count: int
     shape: tuple[int, int, int]
 
-    def batches(self, batch: int, seed: int) -> Callable[[int], Batch]:
-        """The batch of each iteration, a function of (seed, iteration) alone."""
-        order = BatchOrder(self.count, batch, seed)
+    def batches(self, settings: TrainSettings, ranks: Ranks = SINGLE) -> Callable[[int], Batch]:
+        """This process's part of the batch of each iteration, a function of (seed, iteration) alone."""
+        total, seed = settings.batch, settings.seed
+        order = BatchOrder(self.count, total, seed)
 
         def at(iteration: int) -> Batch:
-            indices = order.indices(iteration)
-            generator = generator_for(seed, "data", iteration)
+            start, count = ranks.share(total)
+            indices = order.indices(iteration)[start : start + count]
+            generator = Shard(derive_seed(seed, "data", iteration), total, start, count)
             labels = None if self.labels is None else self.labels[indices]
             return Batch(self.x0(indices, generator), labels, indices)
 
@@ -64,7 +60,7 @@ def load_data(ctx: Context) -> Data:
     if data.labels is not None:
         check_labels(
             data.labels, ctx.slot.dataset.labels
-        )  # here once; a network takes what it does not know for "no label"
+        )  # here once, where the wrong one can be named on any device
     return data
 
 
@@ -93,101 +89,3 @@ def load_vae(folder: Path) -> VAE:
     model = load_model(folder / VAE_FILE)
     assert isinstance(model.net, VAE)
     return model.net
-
-
-def schedule(training: BasicTraining | Training) -> Schedule:
-    """The learning-rate schedule that params.yaml describes; an auxiliary network's rate falls linearly to 0."""
-    if isinstance(training, BasicTraining):
-        return Schedule("linear", start=0.0, final=0.0)
-    decay: Decay = training.decay
-    return Schedule(ramp_up=training.ramp_up, **decay.model_dump())
-
-
-def train_settings(training: BasicTraining | Training, seed: int) -> TrainSettings:
-    """The library's settings from a section of params.yaml."""
-    extra: dict[str, Any] = {}
-    if isinstance(training, Training):
-        extra = {
-            "betas": training.betas,
-            "eps": training.eps,
-            "head_lr": training.logvar_lr,
-            "ema_sigma_rel": training.ema_sigma_rel,
-            "sample_every": training.sample_every,
-        }
-    return TrainSettings(
-        iterations=training.iterations,
-        batch=training.batch,
-        lr=training.lr,
-        seed=seed,
-        schedule=schedule(training),
-        log_every=training.log_every,
-        checkpoint_every=training.checkpoint_every,
-        **extra,
-    )
-
-
-def run_training(
-    ctx: Context,
-    settings: TrainSettings,
-    net: nn.Module,
-    heads: Mapping[str, nn.Module],
-    objective: Objective,
-    data: Callable[[int], Batch],
-    sample: Callable[[TrainState], None] = lambda state: None,
-    companions: Mapping[str, Companion] | None = None,
-) -> TrainState:
-    """Train with checkpoints in the job's working folder, metrics to the tracker by images seen, and a progress display.
-
-    Companions train with the same settings, but without an average.
-    """
-    companions = companions or {}
-    progress = ctx.progress(settings.iterations, "it")
-    shown = ("loss", "tangent_norm", "images_per_second")
-    hooks = Hooks(
-        start=progress.start,
-        log=lambda nimg, scalars: ctx.tracker.log_metrics(nimg, scalars),
-        progress=lambda done, scalars: progress.update(done, **{key: scalars[key] for key in shown if key in scalars}),
-        sample=sample,
-    )
-    beside = {}
-    for name, other in companions.items():
-        own = replace(settings, seed=derive_seed(settings.seed, name), ema_sigma_rel=None)  # noise of its own
-        beside[name] = TrainState(other.net, own, other.heads)
-    state = TrainState(net, settings, heads, beside)
-    objectives = {name: other.objective for name, other in companions.items()}
-    train(state, objective, data, CheckpointStore(ctx.work / "checkpoints"), hooks, objectives)
-    progress.close()
-    return state
-
-
-def grid_sampler(
-    ctx: Context, config: Mapping[str, Any], data: Data, generate: Callable[[nn.Module, Tensor, Tensor], Tensor]
-) -> Callable[[TrainState], None]:
-    """A hook that draws the averaged network's samples of every class from fixed unit noise, into samples.png and the tracker."""
-    decode = load_decoder(ctx.inputs)
-    columns = config["labels"] or 10
-    labels = torch.arange(columns).repeat(GRID_ROWS)
-    noise = sample_noise(range(len(labels)), data.shape, "grid")
-
-    def sample(state: TrainState) -> None:
-        net = build_network(config).eval()
-        net.load_state_dict(state.averaged(), strict=False)
-        path = ctx.out / "samples.png"
-        save_grid(decode(generate(net, noise, labels)), path, columns)
-        named = ctx.work / f"samples-{state.nimg:09d}.png"
-        named.write_bytes(path.read_bytes())
-        ctx.tracker.log_artifact(named, "samples")
-
-    return sample
-
-
-def save_average(ctx: Context, state: TrainState, config: Mapping[str, Any], **info: Any) -> None:
-    """Write the averaged network, the result of a training stage."""
-    facts = {
-        "run": ctx.run_id,
-        "iterations": state.iteration,
-        "nimg": state.nimg,
-        "skipped_steps": state.skipped,
-        **info,
-    }
-    save_model(ctx.out / MODEL, state.averaged(), config, facts)

@@ -19,6 +19,7 @@ from pipeline.errors import ParamsError, suggestion
 from pipeline.networks import Network
 from pipeline.sections import (
     Dataset,
+    Engine,
     Evaluation,
     Features,
     Figure2,
@@ -51,6 +52,7 @@ class Size(Model):
     """One model size: its network, and what it changes in the slot's training sections (merged in by the slot)."""
 
     network: Network
+    engine: Engine = Engine()
     teacher: TeacherTraining
     students: Mapping[StudentName, Student]
 
@@ -195,12 +197,20 @@ class Scale(Model):
         return self
 
 
+class Resume(Model):
+    """What a training may go on from."""
+
+    allow_changes: bool = False
+    """Whether from a checkpoint that other parameters or other code have made."""
+
+
 class Params(Model):
     """A whole params.yaml: which scale is active, and every scale."""
 
     scale: ScaleName
     """The scale that runs unless another is named."""
     scales: Annotated[Mapping[ScaleName, Scale], Field(min_length=1)]
+    resume: Resume = Resume()
 
     @property
     def active(self) -> Scale:

@@ -7,7 +7,6 @@ asks for it), and it must not import torch or MLflow.
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +20,6 @@ if TYPE_CHECKING:
 
 EXIT = "exit.json"  # how an attempt ended; missing after a hard death
 RESULT = "result.json"  # written last: where it is, `out/` is complete and on the disk
-
-
-def set_aside_if_stale(job: "Job", mark: str) -> None:
-    """Moves a working folder that belongs to other parameters or inputs out of the way, and says so."""
-    folder = paths.job_folder(job)
-    known = read_json(folder / "state.json")
-    if not folder.exists() or (known is not None and known.get("fingerprint") == mark):
-        return
-    old = str((known or {}).get("fingerprint") or "unknown")[:8]
-    aside = folder.with_name(f"{folder.name}.stale-{old}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    what = f"of {job.name} were made with other parameters or inputs ({old}, now {mark[:8]})"
-    print(f"warning: the checkpoints {what}: not resumed, set aside in {paths.relative(aside)}", file=sys.stderr)
 
 
 def staged(job: "Job", mark: str) -> bool:

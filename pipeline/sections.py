@@ -116,20 +116,55 @@ class InverseSqrtDecay(Model):
 Decay = Annotated[LinearDecay | InverseSqrtDecay, Field(discriminator="rule")]
 
 
+Width = Annotated[float, Field(gt=0, lt=0.28)]
+
+
+class Snapshots(Model):
+    """Power-function averages to keep, from which one of any width can be reconstructed after the training."""
+
+    sigma_rel: Annotated[tuple[Width, ...], Strict(False), Field(min_length=1)]
+    """Their relative widths (EDM2: 0.05 and 0.10)."""
+    every: Count
+    """Iterations from one to the next."""
+
+
+class Engine(Model):
+    """How a size's networks are trained, as far as it changes rounding at most: not a part of what a result is known by."""
+
+    processes: Count = 1
+    """Processes that share each batch, one for each GPU."""
+    accumulation: Count = 1
+    """Parts that each process takes its share of a batch in, where it does not fit into memory at once."""
+    compile: bool = False
+    """torch.compile of the networks."""
+    optimizer: Literal["auto", "fused", "foreach", "single"] = "auto"
+    """How the optimizer's kernels work: over all weights at once, operation by operation, or weight by weight."""
+    shard_optimizer: bool = False
+    """Each process keeps its part of the optimizer's moments."""
+    prefetch: Index = 0
+    """Batches that a thread prepares ahead; worth it with a GPU."""
+    budget_minutes: Positive | None = None
+    """Minutes after which a training saves, stops and asks to be started again; null: none."""
+
+
 class Training(Model):
     """What teacher and student training have in common."""
 
     iterations: Count
     batch: Count
+    optimizer: Literal["adam", "radam"] = "adam"
     lr: Positive
-    """Peak learning rate of Adam."""
+    """Peak learning rate."""
     betas: Betas
     eps: Positive
     ramp_up: Index
     """Iterations of linear warm-up."""
     decay: Decay
-    ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)]
-    """Relative width of the power-function EMA; 0.2887 would be the plain average (γ = 0)."""
+    ema_sigma_rel: Width | None
+    """Relative width of the power-function EMA; 0.2887 would be the plain average (γ = 0). null: `ema_half_life` instead."""
+    ema_half_life: Positive | None = None
+    """Half-life of an exponential average, in images."""
+    snapshots: Snapshots | None = None
     dropout: Probability
     dropout_resolution: Count | None
     """Blocks of a higher resolution have no dropout; null: all have it."""
@@ -138,6 +173,12 @@ class Training(Model):
     log_every: Count
     checkpoint_every: Count
     sample_every: Count
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Training:
+        if (self.ema_sigma_rel is None) == (self.ema_half_life is None):
+            raise problem("ema_half_life", "must be given if ema_sigma_rel is null, and only then")
+        return self
 
 
 class TeacherTraining(Training):
@@ -223,7 +264,7 @@ class Figure3(Model):
     batch: Count
     betas: Betas
     eps: Positive
-    ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)]
+    ema_sigma_rel: Width
     P_mean: float
     P_std: Positive
     tangent_c: Positive

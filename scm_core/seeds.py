@@ -31,7 +31,7 @@ class Shard(torch.Generator):
     count: int
 
     def __new__(cls, seed: int, total: int, start: int, count: int, device: torch.device | str = "cpu") -> Self:
-        shard = super().__new__(cls, device)
+        shard = super().__new__(cls, device)  # type: ignore[call-arg]
         shard.total, shard.start, shard.count = total, start, count
         shard.manual_seed(seed)
         return shard

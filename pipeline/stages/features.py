@@ -4,7 +4,8 @@
 import torch
 
 from pipeline.context import Context
-from pipeline.modelling import CLASSIFIER_FILE, image_data, run_training, train_settings
+from pipeline.modelling import CLASSIFIER_FILE, image_data
+from pipeline.training import run_training, train_settings
 from scm_core.data import load_images
 from scm_core.evaluate.classifier import Classifier, classifier_loss, fit_standardization, save_classifier
 from scm_core.objectives import Batch, Terms
@@ -25,8 +26,7 @@ def run(ctx: Context) -> None:
         terms = classifier_loss(classifier(batch.x0), batch.labels)
         return Terms(terms.loss, {"accuracy": terms.accuracy.detach()})
 
-    run_training(
-        ctx, settings, classifier, {}, objective, image_data(images, labelled=True).batches(settings.batch, seed)
-    )
+    run_training(ctx, settings, classifier, objective, image_data(images, labelled=True))
+    classifier.cpu()
     fit_standardization(classifier, images.images)
     save_classifier(classifier, ctx.out / CLASSIFIER_FILE, {"run": ctx.run_id, "dataset": images.name})

@@ -5,17 +5,12 @@ import torch
 
 from pipeline.context import Context
 from pipeline.generation import samples
-from pipeline.modelling import (
-    MODEL,
-    grid_sampler,
-    load_data,
-    run_training,
-    save_average,
-    train_settings,
-)
+from pipeline.modelling import MODEL, load_data
+from pipeline.training import grid_sampler, run_training, save_average, train_settings
 from scm_core.nn.build import load_model, student_of
 from scm_core.objectives.methods import METHODS
 from scm_core.seeds import derive_seed
+from scm_core.train.distributed import own_device
 
 
 def run(ctx: Context) -> None:
@@ -29,13 +24,26 @@ def run(ctx: Context) -> None:
     dropout = slot.sizes[size].network.dropout(wanted)
     net, config = student_of(teacher, guidance_input=wanted.guidance is not None, **dropout)
     method = METHODS[wanted.method](net, teacher.net, slot.sigma_data, data.shape, **wanted.options())
-    settings = train_settings(wanted, seed)
+    engine = slot.sizes[size].engine
+    teacher.net.to(own_device())
+    if engine.compile:
+        teacher.net.compile()
+    settings = train_settings(wanted, seed, engine, config.get("precision", "fp32"))
     guidance = 1.0 if wanted.guidance else None
     grids = grid_sampler(
         ctx, config, data, lambda net, noise, labels: samples(slot, wanted, net, [noise], labels, guidance)
     )
-    batches = data.batches(settings.batch, seed)
-    state = run_training(ctx, settings, net, method.heads, method.objective, batches, grids, method.companions)
+    state = run_training(
+        ctx,
+        settings,
+        net,
+        method.objective,
+        data,
+        heads=method.heads,
+        companions=method.companions,
+        sample=grids,
+        engine=engine,
+    )
     grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
     save_average(
         ctx, state, config, sigma_data=slot.sigma_data, method=wanted.method, teacher=ctx.input_runs["teacher"]

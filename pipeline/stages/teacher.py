@@ -7,7 +7,8 @@ import torch
 
 from pipeline.context import Context
 from pipeline.generation import samples
-from pipeline.modelling import grid_sampler, load_data, run_training, save_average, train_settings
+from pipeline.modelling import load_data
+from pipeline.training import grid_sampler, run_training, save_average, train_settings
 from scm_core.nn.build import build_network
 from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives.diffusion import DiffusionObjective
@@ -32,8 +33,9 @@ def run(ctx: Context) -> None:
     net = build_network(config)
     logvar = LogVarHead(bias=-2 * math.log(slot.sigma_data))  # F = 0 errs by σ_d² per element
     objective = DiffusionObjective(net, logvar, slot.sigma_data, wanted.P_mean, wanted.P_std, wanted.label_dropout)
-    settings = train_settings(wanted, seed)
+    engine = slot.sizes[size].engine
+    settings = train_settings(wanted, seed, engine, config.get("precision", "fp32"))
     grids = grid_sampler(ctx, config, data, lambda net, noise, labels: samples(slot, None, net, [noise], labels, None))
-    state = run_training(ctx, settings, net, {"logvar": logvar}, objective, data.batches(settings.batch, seed), grids)
+    state = run_training(ctx, settings, net, objective, data, heads={"logvar": logvar}, sample=grids, engine=engine)
     grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
     save_average(ctx, state, config, sigma_data=slot.sigma_data)

@@ -5,7 +5,8 @@ import torch
 
 from pipeline.context import Context
 from pipeline.grids import save_grid
-from pipeline.modelling import VAE_FILE, image_data, run_training, train_settings
+from pipeline.modelling import VAE_FILE, image_data
+from pipeline.training import run_training, train_settings
 from scm_core.data import from_uint8, load_images, to_uint8
 from scm_core.nn.build import build_network, save_model
 from scm_core.objectives import Batch, Terms
@@ -35,9 +36,8 @@ def run(ctx: Context) -> None:
         terms = vae_loss(batch.x0, reconstruction, mean, logvar, wanted.kl_weight)
         return Terms(terms.loss, {"mse": terms.mse.detach(), "kl": terms.kl.detach()})
 
-    state = run_training(
-        ctx, settings, vae, {}, objective, image_data(images, labelled=False).batches(settings.batch, seed)
-    )
+    state = run_training(ctx, settings, vae, objective, image_data(images, labelled=False))
+    vae.cpu()
     save_model(ctx.out / VAE_FILE, vae.state_dict(), config, {"run": ctx.run_id, "iterations": state.iteration})
 
     originals = images.images[:20]

@@ -124,16 +124,15 @@ def resume(
     path = ranks.agree(str(found.path) if found is not None else "")
     if not path:
         return
+    if found is not None:
+        source, identity = str(found.path), found.meta.get("identity", {})
+        for change in check_unchanged(identity, continuation.identity, continuation.allow_changes, source):
+            hooks.message(f"resumed with a change: {change}")
     checkpoint = found or store.read(Path(path))
-    changes = check_unchanged(
-        checkpoint.meta.get("identity", {}), continuation.identity, continuation.allow_changes, str(checkpoint.path)
-    )
     state.restore(checkpoint.tensors, checkpoint.meta, str(checkpoint.path))
     if "monitor" in checkpoint.meta:
         monitor.restore(checkpoint.meta["monitor"])
     if ranks.first:
-        for change in changes:
-            hooks.message(f"resumed with a change: {change}")
         hooks.message(
             f"resumed from {checkpoint.path.name}: {state.iteration} of {state.settings.iterations} iterations"
         )

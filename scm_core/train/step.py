@@ -72,7 +72,7 @@ def gradient(state: TrainState, objective: Objective, batch: Batch) -> Terms:
     state.optimizer.zero_grad(set_to_none=True)
     done: list[Terms] = []
     for start in range(0, own, size):
-        part = Batch(*(None if x is None else x[start : start + size] for x in batch)) if size < own else batch
+        part = batch if size == own else slice_of(batch, start, size)
         at = first + start
         # the one use of the global generator
         torch.manual_seed(derive_seed(settings.seed, "dropout", iteration, *([at] if at else [])))
@@ -84,6 +84,12 @@ def gradient(state: TrainState, objective: Objective, batch: Batch) -> Terms:
             terms = backward(state, objective(part, draws, iteration))
         done.append(terms)
     return done[0] if len(done) == 1 else mean(done)
+
+
+def slice_of(batch: Batch, start: int, count: int) -> Batch:
+    """`count` samples of a batch, from number `start` on."""
+    part = slice(start, start + count)
+    return Batch(batch.x0[part], None if batch.labels is None else batch.labels[part], batch.indices[part])
 
 
 def backward(state: TrainState, terms: Terms) -> Terms:

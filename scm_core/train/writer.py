@@ -93,15 +93,14 @@ class Buffers:
 
 
 class Background:
-    """At most one piece of work at a time in a thread; what it raises is raised at the next call, once."""
+    """One piece of work at a time in a thread; what it raises is raised at the next `check` or `wait`, once."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin `work`, after the one before has ended. Raises the error of that one instead."""
-        self.wait()
+        """Begin `work`; what was begun before must have ended (`wait`)."""
 
         def run() -> None:
             try:

@@ -38,7 +38,8 @@ class Section(dict):
 def load(path=PARAMS_FILE, scale=None):
     data = yaml.safe_load(Path(path).read_text())
     scales = {name: Section(value, slots={}) for name, value in data["scales"].items()}
-    return types.SimpleNamespace(scale=scale or data["scale"], scales=scales)
+    resume = types.SimpleNamespace(**{"allow_changes": False, **data.get("resume", {})})
+    return types.SimpleNamespace(scale=scale or data["scale"], scales=scales, resume=resume)
 """
 
 FAKE_REGISTRY = """

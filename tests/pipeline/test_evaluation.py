@@ -54,7 +54,7 @@ def context(job: Job, params: Params, root: Path, code: str) -> Context:
     work.mkdir(parents=True, exist_ok=True)
     inputs = {name: root / path for name, path in job.inputs.items()}
     file = work / "progress.json"
-    return Context(job, params.active, inputs, out, work, Tracker(), f"{job.name}-0", {}, file, False, code)
+    return Context(job, params, inputs, out, work, Tracker(), f"{job.name}-0", {}, file, False, code)
 
 
 @pytest.fixture(scope="module")

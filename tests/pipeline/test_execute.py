@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from typing import Any
@@ -93,9 +94,9 @@ def test_a_resume_with_other_code_goes_on_and_says_so(repo: Any, launcher: str) 
     done = repo.run("steps", launcher)
     assert done.code == 0, done.err
     assert done.err.count("\n") == 1
-    assert done.err.startswith("warning: steps: what it has so far was made by other code (")
-    assert f"of commit {before[:7]}; now " in done.err
-    assert f"of commit {after[:7]}): training goes on" in done.err
+    assert done.err.startswith("warning: steps: what it has so far was made by other code (code ")
+    assert f"of commit {before[:7]} → " in done.err
+    assert f"of commit {after[:7]}): an evaluation measures" in done.err
     starts = (repo.root / "runs/tiny/starts.txt").read_text().split()
     assert int(starts[1]) >= 10
     record = json.loads((repo.root / "runs/tiny/.records/steps.json").read_text())
@@ -135,6 +136,38 @@ def test_checkpoints_of_other_parameters_are_set_aside(repo: Any) -> None:
     assert "made with other parameters" in done.err
     assert (repo.root / "runs/tiny/starts.txt").read_text() == "0\n"
     assert len(list(repo.work.glob("steps.stale-*"))) == 1
+
+
+@pytest.mark.parametrize("launcher", ["inline", "local"])
+@pytest.mark.parametrize("changed", ["parameter", "code"])
+def test_a_training_goes_on_with_other_settings_only_if_told_to(repo: Any, changed: str, launcher: str) -> None:
+    """Refused in one sentence that names what changed, with nothing lost; with `resume.allow_changes` it goes on, and says so."""
+    repo.run("first")
+    process = repo.start("steps")
+    repo.wait_for(lambda: (repo.work / "steps/work/step").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    (repo.work / "steps/work/checkpoints/step-00000001").mkdir(parents=True)  # what makes it a training
+    file = repo.root / "params.yaml"
+    if changed == "parameter":
+        file.write_text(file.read_text().replace("seed: 0, value: 1", "seed: 0, value: 7"))
+        repo.run("first")
+        named = r"value 1 → 7"
+    else:
+        code = repo.root / "pipeline" / "costs.py"
+        code.write_text(code.read_text() + "# other\n")
+        named = r"code \w{8} of no commit → \w{8} of no commit"
+    refused = repo.run("steps", launcher)
+    assert refused.code == 1
+    assert re.search(rf"^error: steps: its unfinished training was made with other settings: .*{named}", refused.err, re.M)
+    assert "allow_changes" in refused.err
+    assert "Traceback" not in refused.err
+    assert (repo.work / "steps/work/step").exists()
+    file.write_text(file.read_text() + "resume: {allow_changes: true}\n")
+    done = repo.run("steps", launcher)
+    assert done.code == 0, done.err
+    assert "going on from it" in done.err
+    starts = (repo.root / "runs/tiny/starts.txt").read_text().split()
+    assert int(starts[-1]) > 0
 
 
 @pytest.mark.parametrize("copied", [0, 1, 2])

@@ -59,7 +59,7 @@ def run_stage(folder: Path) -> Path:
     job = registry.find(params, "figure3", {})
     file = folder / "progress.json"
     tracker = Silent()
-    figure3.run(Context(job, params.active, {}, folder / "out", folder / "work", tracker, "run", {}, file, False))
+    figure3.run(Context(job, params, {}, folder / "out", folder / "work", tracker, "run", {}, file, False))
     assert {path.name for path in (folder / "out").iterdir()} == set(tracker.files)
     assert set(tracker.files) == {path.name for path in job.outputs}
     return folder / "out"

@@ -127,7 +127,7 @@ def test_watch_passes_warnings_on(repo: Any) -> None:
     file.write_text(file.read_text().replace("value: 1", "value: 4"))
     (repo.root / "engine.py").write_text(ENGINE)
     done = command(repo, "watch", "--", sys.executable, "engine.py", "broken")
-    assert done.stderr.count("warning: the checkpoints of broken were made with other parameters") == 1
+    assert done.stderr.count("warning: what broken had was made with other parameters") == 1
 
 
 def test_watch_says_what_failed(repo: Any) -> None:
