@@ -36,7 +36,6 @@ class MPWeight(nn.Module):
         """Bring each output's weights back to unit RMS: w ← w √fan_in / ‖w‖ (EDM2, Eq. 47)."""
         self.weight.div_(row_rms(self.weight))
 
-    @torch.no_grad()
     def project_gradient_(self) -> None:
         """Take from the gradient its part along each output's weights: g ← g − w ⟨w, g⟩/‖w‖² (EDM2, App. B.4)."""
         if self.weight.grad is not None:
@@ -84,12 +83,14 @@ def mp_weights(net: nn.Module) -> Iterator[tuple[str, MPWeight]]:
     return ((name, module) for name, module in net.named_modules() if isinstance(module, MPWeight))
 
 
+@torch.no_grad()
 def normalize_weights(net: nn.Module) -> None:
     """Forced weight normalisation of every layer of `net`; to be called once after each optimizer step."""
     for _, module in mp_weights(net):
         module.normalize_()
 
 
+@torch.no_grad()
 def project_gradients(net: nn.Module) -> None:
     """Leave of the gradients what is perpendicular to the normalised weights; to be called once before each optimizer step."""
     for _, module in mp_weights(net):

@@ -74,8 +74,7 @@ def gradient(state: TrainState, objective: Objective, batch: Batch) -> Terms:
     for start in range(0, own, size):
         part = batch if size == own else slice_of(batch, start, size)
         at = first + start
-        # the one use of the global generator
-        torch.manual_seed(derive_seed(settings.seed, "dropout", iteration, *([at] if at else [])))
+        seed_dropout(derive_seed(settings.seed, "dropout", iteration, *([at] if at else [])), batch.x0.device)
         draws = Shard(derive_seed(settings.seed, "step", iteration), total, at, size, batch.x0.device)
         if start + size < own:
             with accumulating(objective):
@@ -84,6 +83,13 @@ def gradient(state: TrainState, objective: Objective, batch: Batch) -> Terms:
             terms = backward(state, objective(part, draws, iteration))
         done.append(terms)
     return done[0] if len(done) == 1 else mean(done)
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the global generators of CPU and device, which dropout alone draws from. (torch.manual_seed costs half a millisecond more.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def slice_of(batch: Batch, start: int, count: int) -> Batch:

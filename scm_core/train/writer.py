@@ -49,7 +49,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
         put(len(text).to_bytes(8, "little") + text)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            data = memoryview(flat.view(torch.uint8).numpy())
+            data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
             for start in range(0, len(data), CHUNK):
                 put(data[start : start + CHUNK])
         file.flush()
