@@ -24,17 +24,18 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-# How scalars are shown; others by name, with four digits.
+# How scalars are shown, last and in this order (progress.json sorts its keys); others by name, with four digits.
 SHOWN: dict[str, Callable[[float], str]] = {
     "tangent_norm": lambda norm: f"tangent {norm:.3g}",
-    "memory_gb": lambda size: f"{size:.1f} GB",
     "images_per_second": lambda rate: f"{rate:.0f} img/s" if rate >= 100 else f"{rate:.3g} img/s",
+    "memory_gb": lambda size: f"{size:.1f} GB",
 }
 
 
 def shown(scalars: Mapping[str, float]) -> list[str]:
     """Scalars in few words: `loss -1.234`, `tangent 0.52`, `1.2 GB`."""
-    return [SHOWN[key](value) if key in SHOWN else f"{key} {value:.4g}" for key, value in scalars.items()]
+    named = [f"{key} {value:.4g}" for key, value in scalars.items() if key not in SHOWN]
+    return named + [form(scalars[key]) for key, form in SHOWN.items() if key in scalars]
 
 
 def describe(name: str, state: dict[str, Any]) -> str:
@@ -106,7 +107,7 @@ class Progress:
         self._write()
 
     def update(self, done: int, **scalars: float) -> None:
-        """Says that `done` units are ready (a count, not an increment), with scalars worth showing, in the order of their first coming."""
+        """Says that `done` units are ready (a count, not an increment), with scalars worth showing."""
         now = self._now()
         self.done = done
         self.scalars.update(scalars)

@@ -20,6 +20,7 @@ def test_scalars_are_shown_in_few_words() -> None:
     assert shown({"tangent_norm": 1e-7, "memory_gb": 0.04, "fid": 2.0}) == ["tangent 1e-07", "0.0 GB", "fid 2"]
     assert shown({"loss": float("nan"), "memory_gb": 139.9}) == ["loss nan", "139.9 GB"]
     assert shown({}) == []
+    assert ", ".join(shown(dict(sorted(SCALARS.items())))) == TEXT
 
 
 def test_a_line_tells_rate_time_left_loss_tangent_and_memory(
