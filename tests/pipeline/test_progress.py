@@ -17,7 +17,7 @@ TEXT = "loss -1.235, tangent 0.518, 3072 img/s, 1.2 GB"
 def test_scalars_are_shown_in_few_words() -> None:
     assert ", ".join(shown(SCALARS)) == TEXT
     assert shown({"tangent_norm": 12345.6, "images_per_second": 1.2345}) == ["tangent 1.23e+04", "1.23 img/s"]
-    assert shown({"tangent_norm": 1e-7, "memory_gb": 0.04, "fid": 2.0}) == ["tangent 1e-07", "0.0 GB", "fid 2"]
+    assert shown({"tangent_norm": 1e-7, "memory_gb": 0.04, "fid": 2.0}) == ["fid 2", "tangent 1e-07", "0.0 GB"]
     assert shown({"loss": float("nan"), "memory_gb": 139.9}) == ["loss nan", "139.9 GB"]
     assert shown({}) == []
     assert ", ".join(shown(dict(sorted(SCALARS.items())))) == TEXT
