@@ -153,6 +153,9 @@ def test_killed_while_writing(new_run: Callable[[], Any], same: Callable[[Any], 
         stale += any(run.store().folder.glob(".tmp-*"))
         for path in run.store().paths():  # at no moment does half a checkpoint bear a whole one's name
             run.store().read(path)
+        warnings: list[str] = []
+        assert (run.store(warnings.append).load() is None) == (not run.store().paths())
+        assert not warnings
         run.go()
         same(run)
         assert not list(run.store().folder.glob(".tmp-*"))
