@@ -58,9 +58,7 @@ def load_data(ctx: Context) -> Data:
     else:
         data = image_data(load_images(ctx.inputs["dataset"]), labelled)
     if data.labels is not None:
-        check_labels(
-            data.labels, ctx.slot.dataset.labels
-        )  # here once, where the wrong one can be named on any device
+        check_labels(data.labels, ctx.slot.dataset.labels)  # here once, where the wrong one can be named on any device
     return data
 
 

@@ -70,7 +70,7 @@ class Sight:
         self.last = (iteration, now)
         seconds = (now - since) / max(iteration - done, 1)
         held = memory()
-        scalars["memory_gb"] = held.get("cuda_peak", held["rss"]) / 2**30
+        scalars["memory_gb"] = held.get("cuda_peak", held["rss"]) / 1e9
         scalars["teraflops_per_second"] = self.flops / seconds / 1e12
         share = utilisation(self.flops, seconds, self.state.ranks.device, self._dtype(), self.state.ranks.count)
         if share is not None:

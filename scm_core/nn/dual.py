@@ -232,7 +232,7 @@ def dropout(x: Maybe, mask: Tensor) -> Maybe:
 def weighted_sum(a: Maybe, b: Maybe, weight: float) -> Maybe:
     """((1 − w) a + w b) / √((1 − w)² + w²): EDM2's magnitude-preserving sum of unit-variance parts (its Eq. 88)."""
     norm = math.hypot(1 - weight, weight)
-    pairs = isinstance(a, Dual) or isinstance(b, Dual)
-    if not pairs and not torch.compiler.is_compiling():  # compiled by torch 2.13, addmm(…, alpha=…) loses its alpha
+    if not (isinstance(a, Dual) or isinstance(b, Dual) or torch.compiler.is_compiling()):
+        # not when compiled: torch 2.13 makes addmm of it where b is a product of matrices, and loses alpha
         return torch.add(a * ((1 - weight) / norm), b, alpha=weight / norm)
     return add(scale(a, (1 - weight) / norm), scale(b, weight / norm))

@@ -158,7 +158,9 @@ def test_a_training_goes_on_with_other_settings_only_if_told_to(repo: Any, chang
         named = r"code \w{8} of no commit → \w{8} of no commit"
     refused = repo.run("steps", launcher)
     assert refused.code == 1
-    assert re.search(rf"^error: steps: its unfinished training was made with other settings: .*{named}", refused.err, re.M)
+    assert re.search(
+        rf"^error: steps: its unfinished training was made with other settings: .*{named}", refused.err, re.M
+    )
     assert "allow_changes" in refused.err
     assert "Traceback" not in refused.err
     assert (repo.work / "steps/work/step").exists()
