@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from pipeline import paths
 from scm_core.train.flops import count_flops, memory, utilisation
+from scm_core.train.gradient import gradient
 from scm_core.train.log import JsonlLog
 from scm_core.train.loop import Hooks
-from scm_core.train.step import gradient
 
 if TYPE_CHECKING:
     import torch

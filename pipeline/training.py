@@ -30,6 +30,7 @@ from scm_core.train.state import TrainSettings, TrainState
 
 GRID_ROWS = 4
 ALONE = Engine()  # one process, nothing special
+ENGINE = ("implementation", "accumulation", "shard_optimizer")  # settings that a run may go on with others of
 
 
 def schedule(training: BasicTraining | Training) -> Schedule:
@@ -113,7 +114,8 @@ def run_training(
         state = TrainState(net, settings, heads, beside, ranks)
         objectives = {name: other.objective for name, other in companions.items()}
         sight = Sight(ctx, state, objective, objectives)
-        continuation = Continuation({"settings": asdict(settings), "code": ctx.code}, ctx.params.resume.allow_changes)
+        known = {key: value for key, value in asdict(settings).items() if key not in ENGINE}
+        continuation = Continuation({"settings": known, "code": ctx.code}, ctx.params.resume.allow_changes)
         store = CheckpointStore(ctx.work / "checkpoints")
         with Prefetcher(data.batches(settings, ranks), ranks.device, engine.prefetch) as batches:
             sight.count(batches)

@@ -92,3 +92,9 @@ def test_stages_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_are_of_a_size_to_read(path: Path) -> None:
     assert lines(path) <= 320
+
+
+def test_the_paper_can_be_read_in_five_hundred_lines() -> None:
+    """The four files that a newcomer reads first."""
+    files = ("trigflow.py", "tangent.py", "objectives/consistency.py", "train/step.py")
+    assert sum(lines(ROOT / "scm_core" / name) for name in files) < 500

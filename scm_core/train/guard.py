@@ -5,12 +5,15 @@ On a CPU the verdict over a step is known at once. On a GPU it would have to be 
 `scm_core.train.update`), and the host reads it one step later, while the GPU has the next step to compute.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scm_core.objectives import Batch, Terms
+
+if TYPE_CHECKING:
+    from scm_core.train.state import TrainState
 
 SHOWN = 8  # samples named in a description
 
@@ -59,3 +62,24 @@ def describe(step: Step) -> str:
     chosen = bad if len(bad) else torch.arange(len(t))
     named = ", ".join(f"{indices[i]} at t = {t[i]:.6g}" for i in chosen[:SHOWN].tolist())
     return f"{what}; {which} {named}{f' and {len(chosen) - SHOWN} more' if len(chosen) > SHOWN else ''}"
+
+
+def settle(state: "TrainState") -> None:
+    """Wait for the verdicts that are on their way and count them; NonFiniteError after `patience` bad ones in a row."""
+    settings = state.settings
+    for other in state.companions.values():
+        settle(other)
+    while state.pending:
+        step = state.pending.popleft()
+        if not step.bad():
+            state.skipped_in_a_row = 0
+            continue
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        state.unaveraged += step.images
+        state.descriptions.append(describe(step))
+        if state.skipped_in_a_row >= settings.patience:
+            raise NonFiniteError(
+                f"{state.descriptions[-1]}: {settings.patience} steps in a row were not finite; lower the learning rate "
+                f"(now {settings.lr}) or look at these samples"
+            )

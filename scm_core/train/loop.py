@@ -14,11 +14,12 @@ from scm_core.ema import save_snapshot
 from scm_core.objectives import Batch, Objective, Terms
 from scm_core.train.checkpoint import Checkpoint, CheckpointStore
 from scm_core.train.distributed import StopVote, synchronized
+from scm_core.train.guard import settle
 from scm_core.train.monitor import Monitor
 from scm_core.train.resume import check_unchanged
 from scm_core.train.signals import Stopped, StopRequest
 from scm_core.train.state import TrainState
-from scm_core.train.step import settle, train_step
+from scm_core.train.step import train_step
 
 Scalars = dict[str, float]
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lineage: one MLflow run per execution, linked to the runs that made its inputs, whatever is killed or unreachable."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -152,6 +156,50 @@ def test_records_are_replayed_when_the_store_is_back(repo: Any) -> None:
     assert second["metrics"]["loss"] == [(1, 0.5), (2, 0.25)]
     assert record(repo, "second")["mlflow_run"] == second["id"]
     assert list((repo.root / "runs/tiny").glob(".lineage/*")) == []
+
+
+def test_a_server_that_dies_in_the_middle(repo: Any) -> None:
+    """A real tracking server, killed while a job trains: the job trains on, and its records are there when the server is back."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{repo.root / 'mlflow.db'}", "--no-serve-artifacts"]
+
+    def server() -> "subprocess.Popen[bytes]":
+        log = (repo.root / "server.log").open("ab")
+        with log:
+            process = subprocess.Popen(command, cwd=repo.root, start_new_session=True, stdout=log, stderr=log)
+        repo.wait_for(lambda: answers(port), seconds=60)
+        return process
+
+    there = {**ON, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    first = server()
+    try:
+        repo.run("first")
+        job = repo.start("steps", STEP_SECONDS="0.4", **there)
+        repo.wait_for(lambda: query(repo, "SELECT count(*) FROM metrics") > [(2,)], seconds=60)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    sent = len(one(runs(repo), "steps")["metrics"]["loss"])
+    assert job.wait(60) == 0
+    assert 0 < sent < 30
+    second = server()
+    try:
+        assert repo.python("from pipeline.replay import replay; print(replay())", **there).code == 0
+    finally:
+        os.killpg(second.pid, signal.SIGKILL)
+        second.wait()
+    run = one(runs(repo), "steps")
+    assert run["status"] == "FINISHED"
+    assert [step for step, _ in run["metrics"]["loss"]] == [64 * (k + 1) for k in range(30)]
+
+
+def answers(port: int) -> bool:
+    """Whether something listens there."""
+    with contextlib.closing(socket.socket()) as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_locked_database_stops_nothing(repo: Any) -> None:

@@ -91,6 +91,7 @@ def test_ctrl_c_is_no_request() -> None:
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch, delivered: list[int]) -> None:
     """Python says None for it and could not put it back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     real = signal.getsignal
     monkeypatch.setattr(signals_module.signal, "getsignal", lambda signum: None if signum == USR1 else real(signum))
     with StopRequest() as stop:

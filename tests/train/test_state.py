@@ -11,9 +11,10 @@ from scm_core.nn.build import build_network
 from scm_core.nn.embedding import LogVarHead
 from scm_core.objectives import Batch, Terms
 from scm_core.train.checkpoint import CheckpointError
+from scm_core.train.guard import NonFiniteError
 from scm_core.train.schedule import Schedule
 from scm_core.train.state import TrainSettings, TrainState
-from scm_core.train.step import NonFiniteError, train_step
+from scm_core.train.step import train_step
 
 CONFIG = {"architecture": "small", "channels": 2, "resolution": 4, "labels": 3, "width": 8, "blocks": 1}
 BATCH = Batch(torch.ones(4, 2, 4, 4), torch.zeros(4, dtype=torch.long), torch.arange(4))
