@@ -81,6 +81,7 @@ def test_handlers_come_back_however_the_block_ends(error: BaseException) -> None
 
 
 def test_ctrl_c_is_no_request() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         assert signal.getsignal(signal.SIGINT) is before
@@ -91,7 +92,6 @@ def test_ctrl_c_is_no_request() -> None:
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch, delivered: list[int]) -> None:
     """Python says None for it and could not put it back."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     real = signal.getsignal
     monkeypatch.setattr(signals_module.signal, "getsignal", lambda signum: None if signum == USR1 else real(signum))
     with StopRequest() as stop:
