@@ -13,8 +13,8 @@ export OMP_NUM_THREADS ?= 1
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-# Files of tests that run at a time, each on one thread and in about 1 GB: many wait, so that three keep two cores busy.
-WORKERS ?= 3
+# Files of tests that run at a time; each keeps to one thread and about 1 GB. (Three on two cores take longer than two.)
+WORKERS ?= 2
 RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png
 
 .PHONY: help setup demo test lint format bench sync lock clean
