@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-# Files of tests that run at a time; each keeps to one thread and about 1 GB. (Three on two cores take longer than two.)
+# Files of tests that run at a time; each keeps to one thread and about 1 GB.
 WORKERS ?= 2
 RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png
 
