@@ -31,13 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from report import RESULTS, arguments_of, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from scm_core.nn.attention import MAX_HEAD_DIM, attention  # noqa: E402
 from scm_core.nn.dual import Dual  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 LENGTHS = (1024, 2048, 4096, 8192)
 SHAPES = ((16, 4, 64, 64), (8, 4, 256, 64), (8, 1, 256, 256), (1, 4, 1024, 64), (1, 1, 4096, 64))  # B, heads, L, d
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -351,22 +351,16 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost and accuracy of attention's derivative.")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all by default")
-    chosen = parser.parse_args().sections
-    for name in chosen:
-        if name not in SECTIONS:
-            parser.error(f"{name}: expected some of {', '.join(SECTIONS)}")
+    chosen = arguments_of(parser, "section", SECTIONS).sections
     torch.set_num_threads(1)
     path = RESULTS / "attention.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    RESULTS.mkdir(exist_ok=True)
     for name in SECTIONS:
         if name in chosen or not chosen or name not in report:
             report[name] = SECTIONS[name](report)
-            path.write_text(json.dumps(report, indent=1) + "\n")
-    page = markdown(json.loads(path.read_text()))
-    (RESULTS / "attention.md").write_text(page)
-    print(page)
+            if set(report) == set(SECTIONS):
+                write(report, path, markdown)
+    print(markdown(report))
 
 
 if __name__ == "__main__":

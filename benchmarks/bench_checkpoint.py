@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from bench_step_cost import RESULTS, SIGMA_DATA, Network, cpu_model, demo, edm2_xs, memory_mb  # noqa: E402
+from bench_step_cost import SIGMA_DATA, Network, cpu_model, demo, edm2_xs, memory_mb  # noqa: E402
+from report import RESULTS, arguments_of, write  # noqa: E402
 from torch import nn  # noqa: E402
 
 from scm_core.nn.build import build_network, count_parameters  # noqa: E402
@@ -189,21 +190,15 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a checkpoint costs the training that goes on.")
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all by default")
-    arguments = parser.parse_args()
+    arguments = arguments_of(parser, "network", NETWORKS)
     torch.set_num_threads(1)
-    for name in arguments.networks:
-        if name not in NETWORKS:
-            parser.error(f"{name}: expected some of {', '.join(NETWORKS)}")
     path = RESULTS / "checkpoint.json"
     report = json.loads(path.read_text()) if path.exists() and arguments.networks else {}
     for name in arguments.networks or NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             report[name] = run(name, Path(folder) / "checkpoints")
         report = {known: report[known] for known in NETWORKS if known in report}
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "checkpoint.md").write_text(markdown(report))
+        write(report, path, markdown)
     print(markdown(report))
 
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from report import RESULTS, arguments_of, write  # noqa: E402
 from torch import nn  # noqa: E402
 
 from pipeline import params  # noqa: E402
@@ -44,7 +45,6 @@ from scm_core.objectives.methods import METHODS  # noqa: E402
 from scm_core.train.state import TrainSettings, TrainState  # noqa: E402
 from scm_core.train.step import gradient, train_step  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 SIGMA_DATA = 0.5
 ENGINES = {"dual": "pairs", "func": "torch.func.jvp", "finite_difference": "finite differences"}
 TARGETS = {"sCT": 1.40, "sCD": 1.75, "sCD, guided": 2.05}  # with pairs
@@ -344,16 +344,12 @@ def ratio(median: float, quartiles: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of training steps in teacher steps.")
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all by default")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # what a child process does
-    arguments = parser.parse_args()
+    arguments = arguments_of(parser, "network", NETWORKS)
     torch.set_num_threads(1)
     if arguments.peak:
         peak(*arguments.peak)
         return
-    for name in arguments.networks:
-        if name not in NETWORKS:
-            parser.error(f"{name}: expected some of {', '.join(NETWORKS)}")
     path = RESULTS / "step_cost.json"
     report = json.loads(path.read_text()) if path.exists() and arguments.networks else {}
     # results of before the passes were timed do not fit the page
@@ -361,9 +357,7 @@ def main() -> None:
     for name in arguments.networks or NETWORKS:
         report[name] = run(name)
         report = {known: report[known] for known in NETWORKS if known in report}
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "step_cost.md").write_text(markdown(report))
+        write(report, path, markdown)
     print(markdown(report))
 
 

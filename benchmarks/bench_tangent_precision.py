@@ -14,7 +14,6 @@ Writes benchmarks/results/tangent_precision.json and .md.
 """
 
 import copy
-import json
 import math
 import os
 import sys
@@ -26,13 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from report import RESULTS, write  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from scm_core.engines import value_and_jvp  # noqa: E402
 from scm_core.nn.build import build_network  # noqa: E402
 from scm_core.trigflow import broadcast_time, diffuse, velocity  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 SIGMA_DATA = 0.5
 SAMPLES = 4
 TIMES = (1e-3, 1e-2, 0.1, 0.5, 1.0, 1.4, 1.5, 1.55, math.atan(160.0))
@@ -147,9 +146,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in network(INPUTS["TrigFlow, positional"], "fp32").parameters()),
         "inputs": {name: [{"t": t, **errors(options, t)} for t in TIMES] for name, options in INPUTS.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "tangent_precision.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "tangent_precision.md").write_text(markdown(report))
+    write(report, RESULTS / "tangent_precision.json", markdown)
     print(markdown(report))
 
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_step_cost import NETWORKS as ALL_NETWORKS
-from bench_step_cost import RESULTS, Network, cpu_model  # before torch: it sets its threads
+from bench_step_cost import Network, cpu_model  # before torch: it sets its threads
 
 # isort: split
 import torch
 from gpu_throughput import edm2_s, gpu_lines, run_gpu
+from report import RESULTS, arguments_of, write
 from torch import Tensor
 from trained import LR, SIGMA_REL, STEPS, Set, some_batch, stored
 
@@ -266,33 +267,22 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Overhead of the training engine, data, throughput.")
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all by default")
     parser.add_argument("--seconds", type=float, default=60.0, help="to spend on each measurement of overhead")
     parser.add_argument("--batch", type=int, default=GPU_BATCH, help="on a GPU")
-    arguments = parser.parse_args()
-    for name in arguments.networks:
-        if name not in NETWORKS:
-            parser.error(f"{name}: expected some of {', '.join(NETWORKS)}")
+    arguments = arguments_of(parser, "network", NETWORKS)
     torch.set_num_threads(1)
     path = RESULTS / "train_throughput.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"networks": {}, "gpu": None}
     for name in arguments.networks or NETWORKS:
         report["networks"][name] = run(name, arguments.seconds)
         report["networks"] = {known: report["networks"][known] for known in NETWORKS if known in report["networks"]}
-        write(report, path)
+        write(report, path, markdown)
     if torch.cuda.is_available():
         report["gpu"] = run_gpu(edm2_s(arguments.batch), "cuda", 10.0)
-        write(report, path)
+        write(report, path, markdown)
     else:
         print("no CUDA device: throughput on a GPU is skipped")
     print(markdown(report))
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    """Both files of the results."""
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

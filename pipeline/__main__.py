@@ -49,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "rank": _rank, "schema": _schema, "dvc": _dvc}
+    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "schema": _schema, "dvc": _dvc}
     parser = Parser(prog="python -m pipeline", description="The sCM reproduction as a pipeline.")
     rows = {
         "run": "run one job: STAGE axis=value …",
-        "rank": "take part in the training of a job as process RANK of WORLD_SIZE",
         **MODULES,
         "schema": "print the JSON schema of params.yaml",
         "dvc": "print dvc.yaml as generated from the registry",
@@ -90,29 +89,11 @@ def _run(argv: list[str]) -> int:
     launcher = options.launcher or os.environ.get("SCM_LAUNCHER") or "inline"
     if launcher not in launch.LAUNCHERS:
         raise PipelineError(f"{launcher}: unknown launcher; {suggestion(launcher, launch.LAUNCHERS, 'launchers')}")
-    if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun
+    if int(os.environ.get("RANK", "0")) > 0:  # not the first process of a training that several share
         from pipeline.ranks import run_rank
 
         return run_rank(job, params)
     return launch.run(job, params, launcher)
-
-
-def _rank(argv: list[str]) -> int:
-    parser = Parser(
-        prog="python -m pipeline rank", description="Take part in the training of a job; see pipeline.ranks."
-    )
-    parser.add_argument("stage", metavar="STAGE")
-    parser.add_argument("axes", metavar="axis=value", nargs="*")
-    options = parser.parse_args(argv)
-    from pipeline import paths, registry
-    from pipeline.params import PARAMS_FILE, load
-    from pipeline.ranks import run_rank
-
-    if int(os.environ.get("RANK", "0")) < 1:
-        raise PipelineError("rank: RANK must be the number of a process other than the first; use `run`")
-    axes = axis_values(options.axes)
-    params = load(paths.root() / PARAMS_FILE, axes.pop("scale", None))
-    return run_rank(registry.find(params, options.stage, axes), params)
 
 
 def _schema(argv: list[str]) -> int:

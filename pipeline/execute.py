@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import attempts, manifest, paths, publish, unfinished
-from pipeline.context import Context
+from pipeline.context import Context, Tracker
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import Lock, identify, read_json, write_json
 
@@ -120,6 +120,32 @@ def _prepare(
     return now
 
 
+def context_of(
+    job: "Job",
+    params: "Params",
+    inputs: Mapping[str, manifest.Input],
+    mark: str,
+    folder: Path,
+    tracker: Tracker,
+    show: bool,
+    code: str = "",
+) -> Context:
+    """What the stage gets: its checkpoints lie in the job's working folder, all else that it writes in `folder`."""
+    return Context(
+        job=job,
+        params=params,
+        inputs={name: item.path for name, item in inputs.items()},
+        out=folder / "out",
+        work=paths.job_folder(job) / "work",
+        tracker=tracker,
+        run_id=manifest.run_id(job, mark),
+        input_runs={name: item.run for name, item in inputs.items() if item.run is not None},
+        progress_file=folder / "progress.json",
+        log_progress=show,
+        code=code,
+    )
+
+
 def _compute(
     job: "Job",
     params: "Params",
@@ -140,20 +166,7 @@ def _compute(
         sys.modules["torch"].set_num_threads(job.resources.threads)
     run = open_run(job, params, inputs, mark, code, launcher, job_id, resumed=len(attempts.read(job)) > 1)
     try:
-        context = Context(
-            job=job,
-            params=params,
-            inputs={name: item.path for name, item in inputs.items()},
-            out=folder / "out",
-            work=folder / "work",
-            tracker=run,
-            run_id=manifest.run_id(job, mark),
-            input_runs={name: item.run for name, item in inputs.items() if item.run is not None},
-            progress_file=folder / "progress.json",
-            log_progress=show,
-            code=code["code"],
-        )
-        stage.run(context)
+        stage.run(context_of(job, params, inputs, mark, folder, run, show, code["code"]))
         _check(job, folder / "out")
         made = manifest.build(job, params, inputs, mark, folder / "out")
         write_json(folder / "out" / paths.MANIFEST, made)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,13 +81,14 @@ class Waiter:
         """Submits or attaches, waits, publishes; raises `PipelineError` when the job fails."""
         self.waiters.acquire(shared=True)
         try:
-            mark = manifest.fingerprint(self.job, self.params, manifest.verify_inputs(self.job))
+            inputs = manifest.verify_inputs(self.job)
+            mark = manifest.fingerprint(self.job, self.params, inputs)
             with deferred_signals() as late, self.ticket_lock.held():
                 if publish.staged(self.job, mark) and not self._running():
                     print(f"{self.job.name}: had ended meanwhile; publishing what it staged", flush=True)
                     publish.publish(self.job)
                     return
-                ticket, backend = self._attach(mark) or self._submit(mark)
+                ticket, backend = self._attach(mark) or self._submit(mark, inputs)
             try:
                 if late:
                     raise KeyboardInterrupt(late[0])
@@ -125,10 +126,9 @@ class Waiter:
         print(f"{self.job.name}: attached to the running job ({backend.where(ticket)})", flush=True)
         return ticket, backend
 
-    def _submit(self, mark: str) -> "tuple[dict[str, Any], Backend]":
+    def _submit(self, mark: str, inputs: Mapping[str, manifest.Input]) -> "tuple[dict[str, Any], Backend]":
         from pipeline.entry import JobEntry
 
-        inputs = manifest.read_inputs(self.job)
         unfinished.check(self.job, self.params, mark, inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
         attempts.close(self.job)

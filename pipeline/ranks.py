@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a training that several share: the job's own, and those that run the same stage beside it.
 
-The job's process is the first. It starts the others on its machine, each by `python -m pipeline rank STAGE axis=value …`; under `torchrun`
-they are there already. Only the first has a staging folder, a tracker and a display; the others train and end.
+The job's process is the first. It starts the others on its machine, each by the job's own command with RANK set, as `torchrun` does;
+under torchrun they are there already. Only the first has a staging folder, a tracker and a display; the others train and end.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import manifest, paths
-from pipeline.context import Context
 from pipeline.errors import PipelineError, StoppedError
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def together(job: "Job", count: int) -> Iterator["Ranks"]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     known = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "pipeline", "rank", *job.arguments]
+    command = [sys.executable, "-m", "pipeline", "run", *job.arguments]
     others = [
         subprocess.Popen(command, cwd=paths.root(), env={**os.environ, **known, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(1, count)
@@ -89,26 +88,14 @@ def run_rank(job: "Job", params: "Params") -> int:
     """Take part in the training of a job as the process that RANK says; returns the exit status."""
     import importlib
 
-    from pipeline.execute import set_threads
+    from pipeline.execute import context_of, set_threads
 
     set_threads(job.resources.threads)
     try:
         inputs = manifest.read_inputs(job)
         mark = manifest.fingerprint(job, params, inputs)
-        folder = paths.job_folder(job)
         with tempfile.TemporaryDirectory() as out:
-            context = Context(
-                job=job,
-                params=params,
-                inputs={name: item.path for name, item in inputs.items()},
-                out=Path(out),
-                work=folder / "work",
-                tracker=Silent(),
-                run_id=manifest.run_id(job, mark),
-                input_runs={name: item.run for name, item in inputs.items() if item.run is not None},
-                progress_file=Path(out) / "progress.json",
-                log_progress=False,
-            )
+            context = context_of(job, params, inputs, mark, Path(out), Silent(), show=False)
             importlib.import_module(f"pipeline.stages.{job.stage}").run(context)
     except RankDone:
         return 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,6 @@ class Sight:
         self.log = JsonlLog(paths.log_file(ctx.job).with_suffix(".jsonl")) if state.ranks.first else None
         self.flops = 0  # of a step, all processes together
         self.warnings = 0
-        self.last = (0, 0.0)
 
     def count(self, data: Callable[[int], Batch]) -> None:
         """Count the FLOPs of a step by its losses and their backward passes; their gradients are thrown away."""
@@ -50,9 +48,7 @@ class Sight:
 
     def hooks(self, sample: Callable[[TrainState], None]) -> Hooks:
         """What `scm_core.train.loop.train` calls."""
-        return Hooks(
-            start=self._start, log=self._log, progress=self._progress, sample=sample, warn=self._warn, message=print
-        )
+        return Hooks(start=self._start, log=self._log, progress=self._progress, sample=sample, warn=self._warn)
 
     def close(self) -> None:
         """Show where it ended."""
@@ -60,15 +56,11 @@ class Sight:
 
     def _start(self, iteration: int) -> None:
         self.progress.start(iteration)
-        self.last = (iteration, time.perf_counter())
         if self.log is not None:
             self.log.start(iteration)
 
     def _log(self, nimg: int, scalars: dict[str, float]) -> None:
-        iteration, now = self.state.iteration, time.perf_counter()
-        done, since = self.last
-        self.last = (iteration, now)
-        seconds = (now - since) / max(iteration - done, 1)
+        seconds = self.state.settings.batch / scalars["images_per_second"]  # a step's
         held = memory()
         scalars["memory_gb"] = held.get("cuda_peak", held["rss"]) / 1e9
         scalars["teraflops_per_second"] = self.flops / seconds / 1e12
@@ -77,7 +69,7 @@ class Sight:
             scalars["utilisation"] = share
         self.ctx.tracker.log_metrics(nimg, scalars)
         if self.log is not None:
-            self.log.write(iteration, nimg, scalars)
+            self.log.write(self.state.iteration, nimg, scalars)
 
     def _dtype(self) -> torch.dtype:
         trunk: torch.dtype | None = getattr(self.state.net, "trunk", None)

@@ -21,6 +21,11 @@ class Batch(NamedTuple):
     labels: Tensor | None
     indices: Tensor
 
+    def part(self, start: int, count: int) -> "Batch":
+        """Its samples from number `start` on, `count` of them."""
+        at = slice(start, start + count)
+        return Batch(self.x0[at], None if self.labels is None else self.labels[at], self.indices[at])
+
 
 class Terms(NamedTuple):
     """The scalar loss to differentiate and the scalars to log (detached, zero-dimensional); for the description of a step that went wrong,

@@ -48,13 +48,13 @@ class Ranks:
     def largest(self, x: Tensor) -> Tensor:
         """The largest over the processes of each element of x, in place; on a GPU without waiting for it."""
         if self.count > 1:
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=None if x.is_cuda else self.host)
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group(x))
         return x
 
     def from_first(self, x: Tensor) -> Tensor:
         """The first process's x, in place of this one's."""
         if self.count > 1:
-            dist.broadcast(x, 0, group=None if x.is_cuda else self.host)
+            dist.broadcast(x, 0, group=self._group(x))
         return x
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -79,14 +79,16 @@ class Ranks:
             dist.barrier(group=self.host)
 
     def to_first(self, tensor: Tensor, owner: int) -> Tensor:
-        """A tensor of process `owner`, brought to the first one; `tensor` has its shape on both, and its values at the owner."""
+        """A tensor of process `owner`, another than the first, brought to the first; called by these two, with a tensor of its shape."""
         tensor = tensor.contiguous()
-        group = None if tensor.is_cuda else self.host
-        if owner != 0 and self.rank == owner:
-            dist.send(tensor, 0, group=group)
-        elif owner != 0 and self.first:
-            dist.recv(tensor, owner, group=group)
+        if self.first:
+            dist.recv(tensor, owner, group=self._group(tensor))
+        else:
+            dist.send(tensor, 0, group=self._group(tensor))
         return tensor
+
+    def _group(self, x: Tensor) -> Any:
+        return None if x.is_cuda else self.host
 
 
 SINGLE = Ranks()
@@ -144,9 +146,9 @@ def synchronized(objective: Objective, trained: Mapping[str, nn.Module], ranks: 
     return DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-def accumulating(objective: Objective) -> AbstractContextManager[None]:
-    """Within it a backward keeps its gradients for this process: more of the batch is to come."""
-    return objective.no_sync() if isinstance(objective, DistributedDataParallel) else nullcontext()
+def accumulating(objective: Objective, more: bool) -> AbstractContextManager[None]:
+    """Within it a backward keeps its gradients for this process if `more` of the batch is to come."""
+    return objective.no_sync() if more and isinstance(objective, DistributedDataParallel) else nullcontext()
 
 
 class StopVote:

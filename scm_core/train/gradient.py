@@ -21,16 +21,12 @@ def gradient(state: TrainState, objective: Objective, batch: Batch) -> Terms:
     state.optimizer.zero_grad(set_to_none=True)
     done: list[Terms] = []
     for start in range(0, own, size):
-        part = batch if size == own else slice_of(batch, start, size)
+        part = batch.part(start, size)
         at = first + start
         seed_dropout(derive_seed(settings.seed, "dropout", iteration, *([at] if at else [])), batch.x0.device)
         draws = Shard(derive_seed(settings.seed, "step", iteration), total, at, size, batch.x0.device)
-        if start + size < own:
-            with accumulating(objective):
-                terms = backward(state, objective(part, draws, iteration))
-        else:
-            terms = backward(state, objective(part, draws, iteration))
-        done.append(terms)
+        with accumulating(objective, more=start + size < own):
+            done.append(backward(state, objective(part, draws, iteration)))
     return done[0] if len(done) == 1 else mean(done)
 
 
@@ -39,12 +35,6 @@ def seed_dropout(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def slice_of(batch: Batch, start: int, count: int) -> Batch:
-    """`count` samples of a batch, from number `start` on."""
-    part = slice(start, start + count)
-    return Batch(batch.x0[part], None if batch.labels is None else batch.labels[part], batch.indices[part])
 
 
 def backward(state: TrainState, terms: Terms) -> Terms:

@@ -83,7 +83,7 @@ def train(
         }
         if ranks.first:
             hooks.start(state.iteration)
-        interval = Interval(state)
+        interval = Interval()
         state.train()
         while state.iteration < settings.iterations:
             interval.add(train_step(state, trained, data(state.iteration), beside))
@@ -172,7 +172,7 @@ def report_skipped(state: TrainState, hooks: Hooks, name: str = "") -> None:
 class Interval:
     """The scalars of the steps since the last log, left on the device until they are asked for."""
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self) -> None:
         self.terms: list[dict[str, torch.Tensor]] = []
         self.since = time.perf_counter()
 

@@ -229,5 +229,4 @@ def test_nothing_finite_stops_every_process(processes: Any, run: Any, trainer: A
 
 def part_of(whole: Batch, ranks: Ranks) -> Batch:
     """A process's part."""
-    start, count = ranks.share(len(whole.indices))
-    return Batch(*(x[start : start + count] for x in whole))
+    return whole.part(*ranks.share(len(whole.indices)))

@@ -40,8 +40,7 @@ def batch(iteration: int) -> Batch:
 
 def share(ranks: Ranks, whole: Batch) -> Batch:
     """A process's part of a batch."""
-    start, count = ranks.share(len(whole.indices))
-    return Batch(*(x[start : start + count] for x in whole))
+    return whole.part(*ranks.share(len(whole.indices)))
 
 
 def make(

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks share: their command line, and the two files of their results."""
+
+import argparse
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def arguments_of(parser: argparse.ArgumentParser, kind: str, names: Collection[str]) -> argparse.Namespace:
+    """The parsed command line, where `<kind>s` are those of `names` that were asked for: some of them, or none for all."""
+    parser.add_argument(f"{kind}s", nargs="*", metavar=kind.upper(), help=f"of {', '.join(names)}; all by default")
+    arguments = parser.parse_args()
+    for name in getattr(arguments, f"{kind}s"):
+        if name not in names:
+            parser.error(f"{name}: expected some of {', '.join(names)}")
+    return arguments
+
+
+def write(report: Mapping[str, Any], path: Path, markdown: Callable[[Any], str]) -> None:
+    """The results as JSON at `path`, and as a page beside it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(report))
