@@ -159,6 +159,8 @@ class Training(Model):
     eps: Positive
     ramp_up: Index
     """Iterations of linear warm-up."""
+    ramp_up_images: Index = 0
+    """The same in images (EDM2: 10 million), if `ramp_up` is 0."""
     decay: Decay
     ema_sigma_rel: Width | None
     """Relative width of the power-function EMA; 0.2887 would be the plain average (γ = 0). null: `ema_half_life` instead."""
@@ -173,6 +175,12 @@ class Training(Model):
     log_every: Count
     checkpoint_every: Count
     sample_every: Count
+
+    @model_validator(mode="after")
+    def _one_ramp(self) -> Training:
+        if self.ramp_up and self.ramp_up_images:
+            raise problem("ramp_up_images", f"must be 0 where ramp_up is not (it is {self.ramp_up}), or ramp_up 0")
+        return self
 
     @model_validator(mode="after")
     def _one_average(self) -> Training:

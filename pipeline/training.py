@@ -38,7 +38,7 @@ def schedule(training: BasicTraining | Training) -> Schedule:
     if isinstance(training, BasicTraining):
         return Schedule("linear", start=0.0, final=0.0)
     decay: Decay = training.decay
-    return Schedule(ramp_up=training.ramp_up, **decay.model_dump())
+    return Schedule(ramp_up=training.ramp_up, ramp_up_images=training.ramp_up_images, **decay.model_dump())
 
 
 def train_settings(

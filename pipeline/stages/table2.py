@@ -25,7 +25,7 @@ def run(ctx: Context) -> None:
         "",
         f"FID ± standard error of {how.samples} samples against the training images; guidance chosen on "
         f"{how.select_samples} other samples from {grid}. The error is that of independent samples, an upper estimate "
-        "for ours, which have equally many of each class. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. "
+        f"for ours, which have equally many of each class. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. "
         "NFE n x2: two passes for each guided evaluation.",
     ]
     (ctx.out / "table2.md").write_text(to_markdown(table, "Table 2", notes))

@@ -110,6 +110,7 @@ def test_an_integer_stands_for_a_float(write: Write) -> None:
         (r"rule: linear", "rule: linaer", f"{SLOT}.teacher.decay", "'rule' must be one of 'linear', 'inverse_sqrt', got 'linaer'"),
         (r"start: 0.3", "start: 1.3", f"{SLOT}.teacher.decay.start", "must be at most 1, got 1.3"),
         (r"start: 0.3, ", "", f"{SLOT}.teacher.decay.start", "is missing: add it"),
+        (r"ramp_up: (\d+)", r"ramp_up: \1\n          ramp_up_images: 9", f"{SLOT}.teacher.ramp_up_images", "must be 0 where ramp_up"),
         (r"ema_sigma_rel: \S+", "ema_sigma_rel: 0.3", f"{SLOT}.teacher.ema_sigma_rel", "must be less than 0.28"),
         (r"label_dropout: 0.1", "label_dropout: 0.0", f"{SLOT}.evaluation.guidance", "label_dropout > 0"),
         (r"guidance: \[1.0, 2.0\]", "guidance: [2.0, 1.0]", f"{SLOT}.students.scd.guidance", "low ≤ high"),

@@ -7,6 +7,7 @@ import pytest
 from torch import nn
 
 from pipeline.students import METHODS, UNGUIDED, Student, StudentTraining
+from pipeline.training import schedule
 from scm_core.nn.small import SmallNet
 from scm_core.objectives import methods
 
@@ -72,3 +73,13 @@ def test_sampling_steps() -> None:
     assert section("multistep").steps == (4,)
     assert section("vsd").steps == (1,)
     assert section("scd").steps == (1, 2)
+
+
+def test_the_ramp_is_in_iterations_or_in_images() -> None:
+    in_images = schedule(section("sct", ramp_up_images=64))  # of 4 images each: 16 iterations
+    in_iterations = schedule(section("sct", ramp_up=16))
+    factors = [in_images(i, 10, batch=4) for i in range(20)]
+    assert factors == [in_iterations(i, 10, batch=4) for i in range(20)]
+    assert factors[0] == 1 / 16
+    with pytest.raises(ValueError, match="must be 0 where ramp_up is not"):
+        section("sct", ramp_up=16, ramp_up_images=64)

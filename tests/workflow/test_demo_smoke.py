@@ -228,6 +228,7 @@ def test_table2_markdown_shows_every_row(runs: Runs) -> None:
     text = (runs.snakemake.path / "reports/table2.md").read_text()
     for row in _rows(runs.snakemake.path / "reports/table2.csv"):
         assert any(row["method"] in line and row["fid"] in line for line in text.splitlines()), row
+    assert "Teacher: heun, 4 steps" in text
 
 
 def test_figure2_is_a_picture(runs: Runs) -> None:
