@@ -29,6 +29,7 @@ FEATURES = 12 / (600 * 64)  # per image
 IMAGE = 0.9e-3  # to decode a sample and take its features
 TOY = 35e-6 / 64  # per point and unit of width, an iteration of Figure 3's networks
 IMAGES = 5000  # of the demo's dataset
+DIMS = {"inception": 2048, "dinov2": 1024}  # features of an image
 MB = 1024**2
 
 
@@ -102,13 +103,15 @@ def latents(slot: Slot, axes: Mapping[str, str]) -> Resources:
 @_of_slot
 def features(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Training the feature network."""
+    assert slot.features is not None
     return _resources(FEATURES * _images(slot.features.training), 1 * MB)
 
 
 @_of_slot
 def reference(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Features of every image."""
-    return _resources(5, IMAGES * slot.features.dim * 4)
+    dims = {**DIMS, "classifier": slot.features.dim if slot.features else 0}
+    return _resources(5, 4 * IMAGES * sum(dims[space] for space in slot.evaluation.spaces))
 
 
 @_of_slot
@@ -128,15 +131,16 @@ def student(slot: Slot, axes: Mapping[str, str]) -> Resources:
 
 @_of_slot
 def evaluate(slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Sampling the guidance sweep and the reported sets: that of the best scale and that of scale 1."""
+    """Sampling the guidance sweep and the reported sets: those of the best scale and those of scale 1."""
     plan, method = slot.evaluation, axes["method"]
+    reported = plan.report_sets * plan.samples
     student = None if method == "teacher" else slot.student_for(axes["size"], method)
     guidable = slot.dataset.labels > 0 if student is None else student.guidance is not None
-    unguided, guided = plan.samples, 0  # samples without guidance and with it
+    unguided, guided = reported, 0  # samples without guidance and with it
     if guidable:
         others = sum(scale != 1 for scale in plan.guidance)
         unguided += plan.select_samples
-        guided += others * plan.select_samples + (plan.samples if others else 0)
+        guided += others * plan.select_samples + (reported if others else 0)
     if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
         passes, images = steps * (unguided + 2 * guided), unguided + guided

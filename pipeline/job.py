@@ -85,6 +85,10 @@ class Point:
         """What turns latents into images, where there are latents: the VAE, and the latents' scaling."""
         return self.inputs("latents", "vae") if self.slot.vae else {}
 
+    def features(self) -> dict[str, Path]:
+        """The slot's own network of features, where it is measured in them."""
+        return self.inputs("features") if self.slot.features else {}
+
     def model(self) -> dict[str, Path]:
         """The network of this size and method."""
         size, method = self.axes["size"], self.axes["method"]

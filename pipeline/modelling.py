@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.context import Context
+from pipeline.files import sha256_file
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import load_model
 from scm_core.objectives import Batch
@@ -69,17 +71,22 @@ def image_data(images: ImageSet, labelled: bool) -> Data:
     return Data(lambda index, _: from_uint8(pixels[index]), images.labels if labelled else None, len(images), shape)
 
 
-def load_decoder(inputs: Mapping[str, Path]) -> Callable[[Tensor], Tensor]:
+class Decoder:
     """x0 of a network to uint8 images: through the VAE among a job's inputs for latents, by rounding for pixels."""
-    if "vae" not in inputs:
-        return to_uint8
-    vae, store = load_vae(inputs["vae"]), load_latents(inputs["latents"])
+
+    def __init__(self, inputs: Mapping[str, Path], device: torch.device | None = None) -> None:
+        self.vae = load_vae(inputs["vae"]).to(device or "cpu") if "vae" in inputs else None
+        self.store = load_latents(inputs["latents"]) if self.vae else None
+        self.facts: dict[str, Any] = {}  # what it depends on, as JSON values
+        if self.store is not None:
+            scaling = {key: getattr(self.store, key).tolist() for key in ("channel_mean", "channel_std")}
+            self.facts = {"vae": sha256_file(inputs["vae"] / VAE_FILE), **scaling}
 
     @torch.no_grad()
-    def decode(x0: Tensor) -> Tensor:
-        return to_uint8(vae.decode(store.decode_scale(x0)))
-
-    return decode
+    def __call__(self, x0: Tensor) -> Tensor:
+        if self.vae is None or self.store is None:
+            return to_uint8(x0)
+        return to_uint8(self.vae.decode(self.store.decode_scale(x0)))
 
 
 def load_vae(folder: Path) -> VAE:

@@ -63,7 +63,8 @@ class Slot(Model):
     dataset: Dataset
     vae: Vae | None = None
     """Absent for pixel data."""
-    features: Features
+    features: Features | None = None
+    """The classifier of the feature space `classifier`; absent where that is not measured in."""
     sigma_data: Positive
     """Standard deviation that the data are scaled to."""
     teacher: TeacherTraining
@@ -88,7 +89,10 @@ class Slot(Model):
         for name in self.sizes:
             self._check_size(name)
         side = self.dataset.resolution
-        if side < FEATURES_RESOLUTION or side & (side - 1):
+        if (self.features is not None) != ("classifier" in self.evaluation.spaces):
+            what = "must be given if evaluation.spaces names the classifier, and only then"
+            raise problem("features", what)
+        if self.features and (side < FEATURES_RESOLUTION or side & (side - 1)):
             what = f"a power of two of at least {FEATURES_RESOLUTION} for the classifier that makes the features"
             raise problem("dataset.resolution", f"must be {what}, got {side}")
         t_max = math.atan(SIGMA_MAX / self.sigma_data)

@@ -45,6 +45,11 @@ def runs(scale: str) -> Path:
     return root() / "runs" / scale
 
 
+def evaluation_cache(scale: str) -> Path:
+    """Where numbers of image sets are kept, and their features until the numbers are there."""
+    return runs(scale) / ".cache" / "evaluation"
+
+
 def job_folder(job: JobName) -> Path:
     """The job's working folder: ticket, process, checkpoints (`work/`), staging (`out/`), progress, exit note."""
     return runs(job.scale) / ".work" / job.name

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run's record says of its origin: the commit, this copy of the repository, the parameters by comparable names."""
 
+import ast
+import functools
 import hashlib
 import subprocess
 from collections.abc import Mapping
@@ -36,6 +38,20 @@ def sources_digest() -> str:
     digest = hashlib.sha256()
     for file in sorted(file for package in ("scm_core", "pipeline") for file in (home / package).rglob("*.py")):
         digest.update(f"{file.relative_to(home).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def meaning_of(*patterns: str) -> str:
+    """SHA-256 over what the Python sources of these patterns say, below the folder of `pipeline`: comments and docstrings do not count."""
+    home = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in home.glob(pattern)}):
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+                del node.body[0]
+        digest.update(f"{file.relative_to(home).as_posix()}\0{ast.dump(tree)}\n".encode())
     return digest.hexdigest()
 
 

@@ -45,6 +45,10 @@ def _latent_slots(params: Params) -> Axes:
     return ({"slot": name} for name, slot in params.active.slots.items() if slot.vae)
 
 
+def _classified_slots(params: Params) -> Axes:
+    return ({"slot": name} for name, slot in params.active.slots.items() if slot.features)
+
+
 def _sizes(params: Params) -> Axes:
     return ({"slot": name, "size": size} for name, slot in params.active.slots.items() for size in slot.sizes)
 
@@ -69,6 +73,11 @@ def _figure2(params: Params) -> Axes:
     return iter([{}] if slot and slot.figure2 else [])
 
 
+def _figure7(params: Params) -> Axes:
+    slot = params.active.slots.get(REPORT_SLOT)
+    return iter([{}] if slot and any(student.guidance for student in slot.students.values()) else [])
+
+
 def _figure3(params: Params) -> Axes:
     return iter([{}] if params.active.figure3 else [])
 
@@ -79,6 +88,15 @@ def _evaluations(point: Point) -> dict[str, Path]:
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
         for size in point.slot.sizes
         for method in ("teacher", *table2_students(point.slot))
+    }
+
+
+def _guided_evaluations(point: Point) -> dict[str, Path]:
+    """The evaluations of teachers and of the students with a guidance input, as evaluate-<size>-<method>."""
+    return {
+        f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
+        for size, declared in point.slot.sizes.items()
+        for method in ("teacher", *(name for name, student in declared.students.items() if student.guidance))
     }
 
 
@@ -131,7 +149,7 @@ _DECLARED = (
         "features",
         "train the classifier that makes the features of FID",
         axes=("slot",),
-        expand=_slots,
+        expand=_classified_slots,
         inputs=lambda p: p.inputs("dataset"),
         params=lambda p: ("seed", ".features"),
         cost=costs.features,
@@ -141,8 +159,8 @@ _DECLARED = (
         "features and moments of the data",
         axes=("slot",),
         expand=_slots,
-        inputs=lambda p: p.inputs("dataset", "features"),
-        params=lambda p: (),
+        inputs=lambda p: {**p.inputs("dataset"), **p.features()},
+        params=lambda p: (".evaluation.spaces",),
         cost=costs.reference,
     ),
     Stage(
@@ -168,7 +186,7 @@ _DECLARED = (
         "sweep the guidance, select, measure again on fresh samples",
         axes=("slot", "size", "method"),
         expand=_models,
-        inputs=lambda p: {**p.model(), **p.decoder(), **p.inputs("features", "reference")},
+        inputs=lambda p: {**p.model(), **p.decoder(), **p.features(), **p.inputs("reference")},
         params=lambda p: (".sigma_data", ".evaluation"),
         cost=costs.evaluate,
     ),
@@ -202,6 +220,16 @@ _DECLARED = (
         params=lambda p: ("seed", "figure3"),
         cost=costs.figure3,
         reports=(REPORTS / "figure3.png", REPORTS / "figure3.csv"),
+    ),
+    Stage(
+        "figure7",
+        "Figure 7: precision, recall and FID against guidance",
+        axes=(),
+        expand=_figure7,
+        inputs=_guided_evaluations,
+        params=lambda p: (".dataset", ".evaluation"),
+        cost=costs.figure,
+        reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),
     ),
 )
 STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})

@@ -84,7 +84,7 @@ def draw(
 
     from pipeline.generation import noise_of, samples
     from pipeline.grids import save_grid
-    from pipeline.modelling import MODEL, load_decoder
+    from pipeline.modelling import MODEL, Decoder
     from scm_core.nn.build import load_model
 
     model = load_model(folder / MODEL)
@@ -99,5 +99,5 @@ def draw(
     indices = range(seed, seed + len(labels))
     shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
     noise = noise_of(student, indices, shape, steps or (max(student.steps) if student else 1))
-    decode = load_decoder({name: paths.root() / path for name, path in job.inputs.items()})
+    decode = Decoder({name: paths.root() / path for name, path in job.inputs.items()})
     save_grid(decode(samples(slot, student, model.net, noise, labels, guidance)), output, columns)

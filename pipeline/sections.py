@@ -204,7 +204,12 @@ class TeacherSampling(Model):
     """Time steps n; Heun's method evaluates the network 2n − 1 times."""
 
 
+Space = Literal["classifier", "inception", "dinov2"]
+
+
 class Evaluation(Model):
+    spaces: Annotated[tuple[Space, ...], Strict(False), Field(min_length=1)]
+    """Networks whose features are compared: the slot's own classifier or Inception (FID), DINOv2 (FD-DINOv2). Each selects its guidance."""
     samples: Count
     """Samples of each reported number."""
     select_samples: Count
@@ -215,12 +220,21 @@ class Evaluation(Model):
     """First sample index of the selecting set."""
     report_seed: Index
     """First sample index of the reported set."""
+    report_sets: Count
+    """Reported sets, one behind the other; several give a standard deviation over seeds."""
+    groups: Annotated[int, Field(ge=0, le=100)]
+    """Groups of samples left out in turn for the standard errors of precision and recall; 0: no errors."""
     teacher: TeacherSampling
     t_mid: Annotated[float, Field(gt=0, lt=math.pi / 2)]
     """Time (radians) of the second step of consistency sampling."""
     neighbours: Count
-    """k of precision and recall."""
+    """k of precision, recall, density and coverage."""
     batch: Count
+    """Samples made at once; part of what a result is known by, as it is rounded differently with another."""
+    processes: Count = 1
+    """Processes that share the sampling, one for each GPU."""
+    keep_features: bool = False
+    """Whether the features of a measured set stay on disk; without them another metric samples again."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluation:
@@ -230,9 +244,16 @@ class Evaluation(Model):
             raise problem("guidance", f"must contain 1.0 (no guidance), got {list(self.guidance)}")
         if self.select_samples > self.samples:
             raise problem("select_samples", f"must be at most samples ({self.samples}), got {self.select_samples}")
-        if self.neighbours >= self.select_samples:
-            raise problem("neighbours", f"must be below select_samples ({self.select_samples}), got {self.neighbours}")
-        select_end, report_end = self.select_seed + self.select_samples, self.report_seed + self.samples
+        if len(set(self.spaces)) < len(self.spaces) or {"classifier", "inception"} <= set(self.spaces):
+            raise problem("spaces", f"must name each once, and one of classifier and inception, got {list(self.spaces)}")
+        if self.groups == 1:
+            raise problem("groups", "must be 0 or at least 2, got 1")
+        left = self.select_samples - math.ceil(self.select_samples / self.groups) if self.groups else self.select_samples
+        if self.neighbours >= left:
+            what = f"of select_samples ({self.select_samples})" + (" without one of the groups" if self.groups else "")
+            raise problem("neighbours", f"must be below the {left} {what}, got {self.neighbours}")
+        select_end = self.select_seed + self.select_samples
+        report_end = self.report_seed + self.report_sets * self.samples
         if self.select_seed < report_end and self.report_seed < select_end:
             raise problem(
                 "report_seed",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.evaluation import REPORT
 from pipeline.paths import FACTS, SWEEP
+from pipeline.sweep import REPORT, mean_of
 
 TABLE2_COLUMNS = [
     "section",
@@ -43,46 +43,43 @@ def format_count(parameters: int) -> str:
 
 
 def read_evaluation(folder: Path) -> tuple[pd.DataFrame, dict]:
-    """The reported points of an evaluation, and the facts about it."""
+    """The points of an evaluation in the space of FID, and the facts about it."""
     sweep = pd.read_csv(folder / SWEEP)
-    return sweep[sweep.phase == REPORT], json.loads((folder / FACTS).read_text())
+    return sweep[sweep.space != "dinov2"], json.loads((folder / FACTS).read_text())
 
 
 def best_guidance(folder: Path, steps: int) -> float | None:
     """The scale that an evaluation selected for its sampler of `steps` steps; None for an unguided model."""
     points, _ = read_evaluation(folder)
-    points = points[points.steps == steps]
-    scale = points.guidance.max() if points.guidance.nunique() <= 1 else points[points.guidance != 1.0].guidance.max()
+    (scale,) = points[(points.steps == steps) & (points.phase == REPORT) & points.best].guidance.unique()
     return None if pd.isna(scale) else float(scale)
 
 
 def our_rows(folder: Path, size: str, method: str, scale: str) -> list[dict[str, str]]:
-    """Rows of one evaluated model: each number of steps at its best guidance, the teacher also without guidance."""
+    """Rows of one evaluated model: each number of steps at its best guidance, the teacher also without guidance; means over the sets."""
     points, facts = read_evaluation(folder)
+    points = points[(points.phase == REPORT) & (points.best | (method == "teacher"))]
     rows = []
-    for steps, group in points.groupby("steps"):
-        best = best_guidance(folder, int(steps))
-        kept = (
-            group if method == "teacher" else group[group.guidance.isna() if best is None else group.guidance == best]
+    for (_, guidance), group in points.groupby(["steps", "guidance"], dropna=False):
+        first = group.iloc[0]
+        fid, error = mean_of(group.to_dict("records"))
+        guided_teacher = method == "teacher" and not pd.isna(guidance) and guidance != 1.0
+        rows.append(
+            {
+                "section": f"Ours, scale {scale}: {SECTIONS[method]}",
+                "method": f"{METHOD_NAMES[method]}-{size}",
+                "size": size,
+                "nfe": f"{first.nfe // 2}x2" if guided_teacher else str(first.nfe),
+                "fid": f"{fid:.3f}",
+                "fid_se": f"{error:.3f}",
+                "params": format_count(facts["params"]),
+                "guidance": "" if pd.isna(guidance) else f"{guidance:.2f}",
+                "dataset": facts["dataset"],
+                "features": facts["features"][first.space],
+                "samples": str(first.samples),
+                "run": facts["run"],
+            }
         )
-        for point in kept.sort_values("guidance").itertuples():
-            guided_teacher = method == "teacher" and not pd.isna(point.guidance) and point.guidance != 1.0
-            rows.append(
-                {
-                    "section": f"Ours, scale {scale}: {SECTIONS[method]}",
-                    "method": f"{METHOD_NAMES[method]}-{size}",
-                    "size": size,
-                    "nfe": f"{point.nfe // 2}x2" if guided_teacher else str(point.nfe),
-                    "fid": f"{point.fid:.3f}",
-                    "fid_se": f"{point.fid_se:.3f}",
-                    "params": format_count(facts["params"]),
-                    "guidance": "" if pd.isna(point.guidance) else f"{point.guidance:.2f}",
-                    "dataset": facts["dataset"],
-                    "features": facts["features"],
-                    "samples": str(point.samples),
-                    "run": facts["run"],
-                }
-            )
     return rows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.context import Context
 from pipeline.errors import StoppedError
 from pipeline.grids import save_grid
-from pipeline.modelling import MODEL, Data, load_decoder
+from pipeline.modelling import MODEL, Data, Decoder
 from pipeline.params import BasicTraining, Decay, Engine, Training
 from pipeline.ranks import RankDone, together
 from pipeline.sight import Sight
@@ -148,7 +148,7 @@ def grid_sampler(
     ctx: Context, config: Mapping[str, Any], data: Data, generate: Callable[[nn.Module, Tensor, Tensor], Tensor]
 ) -> Callable[[TrainState], None]:
     """A hook that draws the averaged network's samples of every class from fixed unit noise, into samples.png and the tracker."""
-    decode = load_decoder(ctx.inputs)
+    decode = Decoder(ctx.inputs)
     columns = config["labels"] or 10
     labels = torch.arange(columns).repeat(GRID_ROWS)
     noise = sample_noise(range(len(labels)), data.shape, "grid")

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.context import Context
 from pipeline.generation import TEACHER, noise_of, samples, student_of_job
 from pipeline.job import REPORT_SLOT, table2_students
-from pipeline.modelling import MODEL, load_decoder
+from pipeline.modelling import MODEL, Decoder
 from pipeline.tables import METHOD_NAMES, best_guidance
 from scm_core.nn.build import load_model
 
@@ -22,7 +22,7 @@ def run(ctx: Context) -> None:
     slot = ctx.scale.slots[REPORT_SLOT]
     wanted, how = slot.figure2, slot.evaluation
     assert wanted is not None
-    decode = load_decoder(ctx.inputs)
+    decode = Decoder(ctx.inputs)
     labels = torch.tensor(wanted.labels)
     indices = range(wanted.seed, wanted.seed + len(labels))
     rows: list[tuple[str, Tensor]] = []

@@ -19,11 +19,12 @@ def run(ctx: Context) -> None:
     how = slot.evaluation
     grid = ", ".join(f"{scale:g}" for scale in how.guidance)
     side = slot.dataset.resolution
+    sets = f", the mean of {how.report_sets} sets" if how.report_sets > 1 else ""
     notes = [
         f"Rows headed *Ours* were measured on {slot.dataset.source} ({side} × {side}) in the features of a small "
         "classifier, not in Inception's: they compare with each other, not with the published rows.",
         "",
-        f"FID ± standard error of {how.samples} samples against the training images; guidance chosen on "
+        f"FID ± standard error of {how.samples} samples against the training images{sets}; guidance chosen on "
         f"{how.select_samples} other samples from {grid}. The error is that of independent samples, an upper estimate "
         f"for ours, which have equally many of each class. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. "
         "NFE n x2: two passes for each guided evaluation.",

@@ -8,9 +8,9 @@ import pytest
 
 from pipeline import costs, dvcfile, registry
 from pipeline.errors import RegistryError
-from pipeline.evaluation import Point, sweep
 from pipeline.job import Job
 from pipeline.params import Params, load, read_yaml, validate
+from pipeline.sweep import Plan, Point, sweep
 from scm_core.sampling import diffusion_nfe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def test_every_job_of_the_demo(params: Params) -> None:
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
-    reports = ["table2", "figure2", "figure3"]
+    reports = ["table2", "figure2", "figure3", "figure7"]
     expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
     assert names(registry.jobs(params)) == expected
 
@@ -107,15 +107,15 @@ def test_the_cost_of_an_evaluation_counts_what_the_sweep_asks_for(params: Params
         slot, method = params.scales[scale].slots[job.axes["slot"]], job.axes["method"]
         how = slot.evaluation
         student = None if method == "teacher" else slot.student_for(job.axes["size"], method)
-        grid = how.guidance if student is None or student.guidance else None
+        guidable = student is None or student.guidance is not None
         asked: list[Point] = []
 
-        def measure(point: Point, asked: list[Point] = asked) -> dict[str, float]:
+        def measure(point: Point, asked: list[Point] = asked) -> dict[str, dict[str, float]]:
             asked.append(point)
-            return {"fid": -(point.guidance or 0.0)}
+            return {"classifier": {"fid": -(point.guidance or 0.0)}}
 
-        counts = (how.select_samples, how.select_seed), (how.samples, how.report_seed)
-        sweep(student.steps if student else (how.teacher.steps,), grid, *counts, measure)
+        plan = Plan.of(how, student.steps if student else (how.teacher.steps,), guidable)
+        sweep(plan, ["classifier"], measure)
         images = sum(point.samples for point in asked)
         passes = sum(
             point.samples
@@ -158,7 +158,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("sizes.S.network.width", 40, ["teacher-S", "student-S-scd", "student-S-sct"]),
         ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S"]),
         ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd"]),
-        ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2"]),
+        ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2", "figure7"]),
         ("figure2.seed", 5, ["figure2"]),
     ],
 )  # fmt: skip

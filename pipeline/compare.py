@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m pipeline compare A B`: two trained models, or folders of PNG files, against the same reference and with each other."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline import paths
+from pipeline.asked import Asked, Target, add_options
+from pipeline.cli import Parser
+from pipeline.errors import PipelineError
+from pipeline.params import PARAMS_FILE, load
+from pipeline.spaces import SPACES
+from pipeline.sweep import REPORT, Point
+
+ERRORS = {"fid": "fid_se", "precision": "precision_se", "recall": "recall_se"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print both, their differences in standard errors, and the distance between them."""
+    parser = Parser(prog="python -m pipeline compare", description="Compare two trained models, or folders of PNG files.")
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), help="a trained job, its run id or its folder; or a folder of PNG files")
+    add_options(parser)
+    parser.add_argument("--guidance", type=float, help="of both, where they have one (default: 1.0)")
+    parser.add_argument("--steps", type=int, help="of both, where they sample (default: the fewest that each is made for)")
+    options = parser.parse_args(list(argv))
+    asked = Asked(load(paths.root() / PARAMS_FILE, options.scale), options)
+    targets = [asked.target(run) for run in (options.a, options.b)]
+    count = min(options.samples or target.default_samples for target in targets)
+    points = [point_of(target, run, options, count) for target, run in zip(targets, (options.a, options.b), strict=True)]
+    print("\n".join(report(targets, points, asked.columns)))
+    return 0
+
+
+def point_of(target: Target, run: str, options: argparse.Namespace, count: int) -> Point:
+    """What to measure of one of the two."""
+    subject = target.subject
+    if count > len(subject):
+        raise PipelineError(f"{run}: holds {len(subject)} images, {count} are asked for; lower --samples")
+    if subject.is_folder:
+        return Point(REPORT, 0, None, count, 0)
+    steps = options.steps or min(subject.steps)
+    if steps not in subject.steps:
+        raise PipelineError(f"--steps: {run} samples in {' or '.join(map(str, subject.steps))} steps, got {steps}")
+    scale = (1.0 if options.guidance is None else options.guidance) if subject.guidable else None
+    if scale is not None and subject.guidance_range and not subject.guidance_range[0] <= scale <= subject.guidance_range[1]:
+        low, high = subject.guidance_range
+        raise PipelineError(f"--guidance: {run} was trained on scales {low:g} to {high:g}, got {scale:g}")
+    first = target.slot.evaluation.report_seed if options.first is None else options.first
+    return Point(REPORT, steps, scale, count, first)
+
+
+def report(targets: Sequence[Target], points: Sequence[Point], columns: Sequence[str]) -> list[str]:
+    """The lines to print: for each space a table of the numbers, and the distance between the two sets."""
+    both = list(zip(targets, points, strict=True))
+    features = [target.features(point) for target, point in both]  # before they are measured, and then forgotten
+    a, b = (target.measure(point) for target, point in both)
+    lines = [f"{name}: {described(target, point)}" for name, target, point in zip("AB", targets, points, strict=True)]
+    from scm_core.evaluate import Moments, frechet_distance
+
+    for space in a:
+        reference = targets[0].evaluator.references[space]
+        lines += [
+            "",
+            f"{reference.extractor}, against {reference.count} images of {reference.dataset}",
+            f"{'':12}{'A':>20}{'B':>20}{'A − B':>20}",
+        ]
+        shown = [key for key in columns if not key.endswith(("_se", "_bias"))]
+        lines += [line(key, a[space], b[space]) for key in shown]
+        first, second = (Moments.of(found[space]) for found in features)
+        distance = frechet_distance(first.mean, first.cov, second.mean, second.cov)
+        lines.append(f"{SPACES[space].distance} of A and B to each other: {distance:.4f}")
+    return lines
+
+
+def described(target: Target, point: Point) -> str:
+    """What was measured."""
+    parts = [target.subject.name, f"{point.samples} images"]
+    if not target.subject.is_folder:
+        parts.append(f"{point.steps} step{'s' * (point.steps > 1)}")
+    if point.guidance is not None:
+        parts.append(f"guidance {point.guidance:g}")
+    return ", ".join(parts)
+
+
+def line(key: str, a: dict[str, Any], b: dict[str, Any]) -> str:
+    """One number of both, and the difference with its error; the sets count as independent."""
+    error = ERRORS.get(key)
+    cells = []
+    for found in (a, b):
+        se = found[error] if error else None
+        cells.append(f"{found[key]:.4f}" + ("" if se is None else f" ± {se:.4f}"))
+    difference = f"{a[key] - b[key]:+.4f}"
+    if error and a[error] is not None and b[error] is not None:
+        both = math.hypot(a[error], b[error])
+        difference += f" ± {both:.4f}"
+    return f"{key:12}" + "".join(f"{cell:>20}" for cell in (*cells, difference))
