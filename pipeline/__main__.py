@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from pipeline.cli import Parser, axis_values
@@ -21,6 +22,8 @@ MODULES = {
     "status": "what is done, running, waiting",
     "trace": "the chain of runs, commits and digests behind a row of a table",
     "sample": "draw samples of a trained teacher or student",
+    "evaluate": "measure trained models, or folders of PNG files",
+    "compare": "two trained models or folders of PNG files, with each other and against the data",
     "doctor": "check the installation and say what is missing",
     "watch": "run a command and show the progress of the jobs that it starts",
     "sync": "make what one engine has made known to the other (DVC, Snakemake)",
@@ -35,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        if not _said_by_the_library(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -46,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: {explain(error, f'{arguments[0]}:')}", file=sys.stderr)
         return 2
+
+
+def _said_by_the_library(error: ValueError) -> bool:
+    """Whether scm_core raised it: it looks at what users bring, and says in a sentence what is wrong with it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("scm_core.")
 
 
 def _dispatch(arguments: list[str]) -> int:

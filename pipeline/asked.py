@@ -79,7 +79,7 @@ class Target:
     def features(self, point: Point) -> dict[str, Tensor]:
         """The features of a point by space."""
         store = self.evaluator.filled(point)
-        return {space: store.features(space, point.samples) for space in self.evaluator.references}
+        return {space: store.features(space) for space in self.evaluator.references}
 
     @property
     def default_samples(self) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -33,7 +34,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--nimg", metavar="LIST", help="images seen, for earlier checkpoints; needs --ema")
     parser.add_argument("--sets", type=int, default=1, help="of samples, for a spread over seeds (default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .csv or .parquet file for the rows")
+    parser.add_argument("--images", metavar="FOLDER", type=Path, help="a new folder for the images of the one point that is measured")
     options = parser.parse_args(list(argv))
+    if options.images and options.images.exists():
+        raise PipelineError(f"{options.images}: exists already; give --images a new folder")
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise PipelineError(f"{options.output}: expected a file that ends in .csv or .parquet")
     if options.sets < 1:
@@ -56,7 +60,12 @@ def measure(asked: Asked, run: str, options: argparse.Namespace) -> Iterator[dic
     """The rows of one RUN, a row for each point and space, with what they depend on."""
     target = asked.target(run)
     commit = asked.commit
-    for point in points(target, run, options):
+    wanted = points(target, run, options)
+    if options.images and (len(wanted) > 1 or len(options.runs) > 1):
+        raise PipelineError(f"--images: there is one folder, and {len(wanted)} points of {len(options.runs)} runs; ask for one")
+    for point in wanted:
+        if options.images:
+            write_images(target, point, options.images)
         for space, found in target.measure(point).items():
             reference = target.evaluator.references[space]
             yield {
@@ -106,3 +115,17 @@ def points(target: Target, run: str, options: argparse.Namespace) -> list[Point]
         Point(REPORT, n, s, samples, index, ema, nimg)
         for (ema, nimg), n, s, index in product(averages, steps, scales, firsts)
     ]
+
+
+def write_images(target: Target, point: Point, folder: Path) -> None:
+    """The images of a point as PNG files, numbered from 0, in a folder that has its name when all are there."""
+    from pipeline.grids import picture
+
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    make, chunk = target.subject.images(point), target.slot.evaluation.batch
+    for start in range(0, point.samples, chunk):
+        for index, image in enumerate(make(range(start, start + chunk))[: point.samples - start], start):
+            picture(image).save(beside / f"{index:06d}.png")
+    beside.rename(folder)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring sets of images: one pass through the networks of all feature spaces, every number from it, nothing computed twice.
 
-What was measured lies below `runs/<scale>/.cache/evaluation`, under a key made of all that it depends on (see `Subject.facts`): a point that
+What was measured lies below `runs/<scale>/.cache/evaluation`, under a key made of all that it depends on (see `Subject.manifest`): a point that
 is asked for again, by the same job, another one, or `python -m pipeline evaluate`, is read. A set that was cut short goes on where it was.
 """
 
@@ -15,18 +15,20 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.files import canonical, read_json, sha256_text, write_json
+from pipeline.files import Lock, canonical, read_json, sha256_text, write_json
 from pipeline.params import Evaluation
 from pipeline.provenance import meaning_of
 from pipeline.spaces import load_extractor
-from pipeline.subjects import Subject
-from pipeline.sweep import Point
+from pipeline.subjects import Subject, images_manifest
+from pipeline.sweep import Numbers, Point
 from scm_core.evaluate import Reference, load_reference
+from scm_core.evaluate.extractors import Extractor
+from scm_core.evaluate.folder import ImageFolder
+from scm_core.evaluate.manifest import identities
 from scm_core.evaluate.manifold import precision_recall
 from scm_core.evaluate.protocol import evaluate
 from scm_core.evaluate.resampling import grouped_jackknife
-from scm_core.evaluate.store import FeatureStore, fill
-from scm_core.train.distributed import SINGLE, Ranks
+from scm_core.evaluate.store import FeatureStore
 
 METRICS_CODE = ("scm_core/evaluate/*.py",)
 
@@ -34,8 +36,8 @@ METRICS_CODE = ("scm_core/evaluate/*.py",)
 class Evaluator:
     """Measures points of a subject in feature spaces, against the reference of each.
 
-    `cache` is the folder of what was measured. Several processes (`ranks`) share the sampling of a set; the first one computes the numbers.
-    `progress` is told how many samples of the running set are there.
+    `cache` is the folder of what was measured, `device` where images and features are computed. Several processes may measure the same points
+    at a time: they share the sampling. `progress` is told how many samples of the running set are there.
     """
 
     def __init__(
@@ -46,66 +48,61 @@ class Evaluator:
         how: Evaluation,
         cache: Path,
         progress: Callable[[int], None] = lambda done: None,
-        ranks: Ranks = SINGLE,
         device: torch.device | None = None,
     ) -> None:
         self.subject, self.references, self.how, self.cache = subject, references, how, cache
-        self.progress, self.ranks = progress, ranks
-        self.extractors = {space: load_extractor(space, inputs, device or ranks.device) for space in references}
+        self.progress = progress
+        self.extractors = {space: load_extractor(space, inputs, device) for space in references}
         for space, extractor in self.extractors.items():
             references[space].require(extractor.identity)
         self.code = meaning_of(*METRICS_CODE)
 
-    def manifest(self, point: Point) -> dict[str, Any]:
-        """All that the features of a point depend on, but the number of samples: more of them extend what is there."""
-        return {
-            "subject": self.subject.facts(point),
-            "first_index": point.first_index,
-            "chunk": self.how.batch,
-            "spaces": {space: extractor.identity.to_json() for space, extractor in self.extractors.items()},
-        }
+    def store(self, point: Point) -> FeatureStore:
+        """Where the features of a point are kept."""
+        manifest = self.subject.manifest(point, self.how.batch, identities(self.extractors))
+        return FeatureStore(self.cache / "features", manifest, point.samples, self.how.batch)
 
     def filled(self, point: Point) -> FeatureStore:
         """The features of a point, made where they are not there."""
-        store = FeatureStore(self.cache, self.manifest(point), point.samples, self.how.batch)
-        fill(store, self.subject.images(point), self.extractors, progress=self.progress)
+        store = self.store(point)
+        store.fill(self.subject.images(point), self.extractors, progress=self.progress)
         return store
 
     def known(self, point: Point) -> bool:
         """Whether all numbers of a point were measured before."""
-        manifest = self.manifest(point)
-        return all(self._file(manifest, point, space).is_file() for space in self.references)
+        return all(file.is_file() for file in self._files(point, self.store(point).key).values())
 
-    def measure(self, point: Point) -> dict[str, dict[str, Any]]:
+    def measure(self, point: Point) -> Numbers:
         """The numbers of a point by space: see `pipeline.sweep.NUMBERS`, and nfe and key."""
-        manifest = self.manifest(point)
-        kept = {space: self._file(manifest, point, space) for space in self.references}
+        key = self.store(point).key
+        files = self._files(point, key)
         if not self.known(point):
             store = self.filled(point)
-            self.ranks.wait()
-            if self.ranks.first:
-                for space, file in kept.items():
-                    features = store.features(space, point.samples)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(file, numbers(features, self.references[space], self.how))
-                if not self.how.keep_features:
-                    store.drop()
-            self.ranks.wait()
+            folder = self.cache / "numbers"
+            folder.mkdir(parents=True, exist_ok=True)
+            with Lock(folder / f".{key[:40]}.lock").held():  # of several processes one computes, and the others find it done
+                if not self.known(point):
+                    for space, file in files.items():
+                        write_json(file, numbers(store.features(space), self.references[space], self.how))
+                    if not self.how.keep_features:
+                        store.drop()
         self.progress(point.samples)
-        shared = {"nfe": self.subject.nfe(point), "key": sha256_text(canonical(manifest))[:16]}
-        return {space: {**shared, **_read(file)} for space, file in kept.items()}
+        shared = {"nfe": self.subject.nfe(point), "key": key[:16]}
+        return {space: {**shared, **_read(file)} for space, file in files.items()}
 
-    def _file(self, manifest: Mapping[str, Any], point: Point, space: str) -> Path:
-        reference = self.references[space]
+    def _files(self, point: Point, key: str) -> dict[str, Path]:
+        """Where the numbers of a point are kept, by space: under a name made of all that they depend on."""
         compared = {
-            "space": space,
+            "features": key,
             "samples": point.samples,
-            "reference": reference.sha256,
             "neighbours": self.how.neighbours,
             "groups": self.how.groups,
             "code": self.code,
         }
-        return self.cache / "numbers" / f"{sha256_text(canonical({**manifest, **compared}))[:40]}.json"
+        return {
+            space: self.cache / "numbers" / f"{sha256_text(canonical({**compared, space: reference.sha256}))[:40]}.json"
+            for space, reference in self.references.items()
+        }
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -137,17 +134,12 @@ def reference_of(
 ) -> dict[str, Reference]:
     """A reference in each space from a folder of PNG files."""
     folder = ImageFolder(path)
-    manifest = {
-        "subject": {"folder": folder.digest},
-        "first_index": 0,
-        "chunk": how.batch,
-        "spaces": {space: extractor.identity.to_json() for space, extractor in extractors.items()},
-    }
-    store = FeatureStore(cache, manifest, len(folder), how.batch)
-    fill(store, folder.images, extractors)
+    manifest = images_manifest(folder, how.batch, identities(extractors))
+    store = FeatureStore(cache / "features", manifest, len(folder), how.batch)
+    store.fill(folder, extractors)
     name = f"folder {path.name}"
     references = {
-        space: reference_from(store.features(space, len(folder)), name, folder.digest, extractor.identity)
+        space: reference_from(store.features(space), name, folder.digest, extractor.identity)
         for space, extractor in extractors.items()
     }
     store.drop()

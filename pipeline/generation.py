@@ -29,16 +29,21 @@ def samples(
     `student` is the section that it was trained with: it samples at t_max and then t_mid, or from segment to segment, with the scale as an
     input. None: the teacher, which samples with the slot's solver and steps, classifier-free guided.
     """
-    how, z = slot.evaluation, slot.sigma_data * noise[0]
+    how, z = slot.evaluation.teacher, slot.sigma_data * noise[0]
     known = labels if slot.dataset.labels else None  # the networks of an unlabelled slot take none
     bound = Guided(net, known, guidance, student=student is not None)
     if student is None:
-        return sample_diffusion(bound, z, how.teacher.steps, slot.sigma_data, how.teacher.solver)
+        return sample_diffusion(bound, z, how.steps, slot.sigma_data, how.solver)
     if isinstance(student, MultistepTraining):
         return sample_multistep(bound, z, student.segments, slot.sigma_data)
-    times = (t_max(slot.sigma_data), how.t_mid)[: len(noise)]
+    times = consistency_times(slot, len(noise))
     fresh = [slot.sigma_data * further for further in noise[1:]]
     return sample_consistency(bound, z, times, slot.sigma_data, noise=fresh)
+
+
+def consistency_times(slot: Slot, steps: int) -> tuple[float, ...]:
+    """Where a student is evaluated, in radians: at t_max, then t_mid."""
+    return (t_max(slot.sigma_data), slot.evaluation.t_mid)[:steps]
 
 
 def noise_of(student: StudentTraining | None, indices: Sequence[int], shape: Sequence[int], steps: int) -> list[Tensor]:

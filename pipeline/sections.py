@@ -248,10 +248,10 @@ class Evaluation(Model):
             raise problem("spaces", f"must name each once, and one of classifier and inception, got {list(self.spaces)}")
         if self.groups == 1:
             raise problem("groups", "must be 0 or at least 2, got 1")
-        left = self.select_samples - math.ceil(self.select_samples / self.groups) if self.groups else self.select_samples
-        if self.neighbours >= left:
-            what = f"of select_samples ({self.select_samples})" + (" without one of the groups" if self.groups else "")
-            raise problem("neighbours", f"must be below the {left} {what}, got {self.neighbours}")
+        if self.neighbours >= self.select_samples:
+            raise problem("neighbours", f"must be below select_samples ({self.select_samples}), got {self.neighbours}")
+        if self.groups and self.neighbours >= self.select_samples - math.ceil(self.select_samples / self.groups):
+            raise problem("groups", f"leaves too few of {self.select_samples} samples for {self.neighbours} neighbours")
         select_end = self.select_seed + self.select_samples
         report_end = self.report_seed + self.report_sets * self.samples
         if self.select_seed < report_end and self.report_seed < select_end:

@@ -5,29 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from pipeline.modelling import CLASSIFIER_FILE
-from scm_core.evaluate.extractors import CLASSIFIER, DINOV2, INCEPTION, Extractor, create_extractor
+    from scm_core.evaluate.extractors import Extractor
 
 
 class Space(NamedTuple):
-    """The registered name of a network, and that of the distance."""
+    """The name under which a network is registered with torch-fidelity, and that of the distance."""
 
     extractor: str
     distance: str
 
 
 SPACES: Mapping[str, Space] = {
-    "classifier": Space(CLASSIFIER, "fid"),
-    "inception": Space(INCEPTION, "fid"),
-    "dinov2": Space(DINOV2, "fd_dinov2"),
+    "classifier": Space("scm-classifier", "fid"),
+    "inception": Space("inception-v3-compat", "fid"),
+    "dinov2": Space("scm-dinov2-vit-l-14", "fd_dinov2"),
 }
 
 
 def load_extractor(space: str, inputs: Mapping[str, Path], device: torch.device | None = None) -> Extractor:
     """The network of a space: the slot's own classifier among a job's inputs, or one with published weights, found or fetched."""
+    from pipeline.modelling import CLASSIFIER_FILE
+    from scm_core.evaluate.extractors import create_extractor
+
     weights = inputs["features"] / CLASSIFIER_FILE if space == "classifier" else None
     return create_extractor(SPACES[space].extractor, weights, device=device)

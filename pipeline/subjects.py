@@ -13,19 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.files import sha256_file
-from pipeline.generation import noise_of, samples, student_of_job
+from pipeline.files import canonical, sha256_file, sha256_text
+from pipeline.generation import consistency_times, noise_of, samples, student_of_job
 from pipeline.modelling import MODEL, Decoder
 from pipeline.params import Slot
 from pipeline.provenance import meaning_of
+from pipeline.students import MultistepTraining
 from pipeline.sweep import Point
 from scm_core.ema import load_snapshots, reconstruct
 from scm_core.evaluate.folder import ImageFolder
+from scm_core.evaluate.manifest import ImagesManifest, SampleManifest
 from scm_core.nn.build import Model, load_model
 from scm_core.nn.layers import normalized
 from scm_core.sampling import diffusion_nfe
 
 SNAPSHOTS = "snapshots"
+Identities = Mapping[str, Mapping[str, Any]]  # of extractors, by space
 # what a sample depends on beside weights and settings
 CODE = ("scm_core/*.py", "scm_core/nn/*.py", "scm_core/data/*.py", "pipeline/generation.py", "pipeline/modelling.py")
 
@@ -51,8 +54,8 @@ class Subject(Protocol):
     def __len__(self) -> int:
         """How many images there are at most."""
 
-    def facts(self, point: Point) -> dict[str, Any]:
-        """What the images of a point depend on, as JSON values, the number of samples and their first index left out."""
+    def manifest(self, point: Point, chunk: int, extractors: Identities) -> dict[str, Any]:
+        """All that the features of a point depend on, as JSON values, but the number of samples: more of them extend what is there."""
 
     def images(self, point: Point) -> Callable[[range], Tensor]:
         """A function from positions in the set (0 is the point's first) to uint8 images (B, C, H, W)."""
@@ -76,7 +79,7 @@ class ModelSubject:
         self.model.net.to(self.device)
         self.name = str(self.model.info["run"])
         self.decode = Decoder(inputs, self.device)
-        self.made_by = {"model": sha256_file(self.folder / MODEL), "decoder": self.decode.facts, "code": meaning_of(*CODE)}
+        self.weights, self.code = sha256_file(self.folder / MODEL), meaning_of(*CODE)
         self._variant: tuple[tuple[float | None, int | None], nn.Module] = ((None, None), self.model.net)
 
     @property
@@ -96,22 +99,40 @@ class ModelSubject:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def facts(self, point: Point) -> dict[str, Any]:
-        teacher = None if self.student else {"solver": self.how.teacher.solver}
-        average = {} if point.ema is None and point.nimg is None else {"snapshots": self._snapshots_digest()}
-        return {
-            **self.made_by,
-            **average,
-            "teacher": teacher,
-            "method": self.student.method if self.student else None,
-            "steps": point.steps,
-            "t_mid": self.how.t_mid if self.student and point.steps > 1 else None,
-            "guidance": point.guidance,
-            "ema": point.ema,
-            "nimg": point.nimg,
-            "labels": self.slot.dataset.labels,
-            "sigma_data": self.slot.sigma_data,
-        }
+    def manifest(self, point: Point, chunk: int, extractors: Identities) -> dict[str, Any]:
+        labels = self.slot.dataset.labels
+        sampler, times = self._sampler(point.steps)
+        return SampleManifest(
+            model_sha256=self._digest(point),
+            sampler=sampler,
+            steps=point.steps,
+            times=times,
+            guidance=point.guidance,
+            sigma_data=self.slot.sigma_data,
+            noise="sample_noise",
+            first_index=point.first_index,
+            labels=f"index mod {labels}" if labels else "none",
+            decoder_sha256=sha256_text(canonical(self.decode.facts)) if self.decode.facts else None,
+            dtype=str(self.model.config.get("precision", "fp32")),
+            code=self.code,
+            chunk=chunk,
+            extractors=extractors,
+        ).to_json()
+
+    def _sampler(self, steps: int) -> tuple[str, tuple[float, ...] | None]:
+        """The sampler's name, and its times where it does not choose them itself."""
+        if self.student is None:
+            return self.how.teacher.solver, None
+        if isinstance(self.student, MultistepTraining):
+            return "multistep", None
+        return "consistency", consistency_times(self.slot, steps)
+
+    def _digest(self, point: Point) -> str:
+        """SHA-256 of the weights, or of what another average of them is made of."""
+        if point.ema is None and point.nimg is None:
+            return self.weights
+        stored = {path.name: sha256_file(path) for path in sorted(self._snapshots().glob("*.safetensors"))}
+        return sha256_text(canonical({"model": self.weights, "stored": stored, "ema": point.ema, "nimg": point.nimg}))
 
     def images(self, point: Point) -> Callable[[range], Tensor]:
         net = self._net(point.ema, point.nimg)
@@ -154,9 +175,6 @@ class ModelSubject:
             )
         return folder
 
-    def _snapshots_digest(self) -> dict[str, str]:
-        return {path.name: sha256_file(path) for path in sorted(self._snapshots().glob("*.safetensors"))}
-
 
 class FolderSubject:
     """A folder of PNG files, in the order of their names. A point's `samples` are the first ones."""
@@ -173,13 +191,19 @@ class FolderSubject:
     def __len__(self) -> int:
         return len(self.folder)
 
-    def facts(self, point: Point) -> dict[str, Any]:
-        return {"folder": self.folder.digest}
+    def manifest(self, point: Point, chunk: int, extractors: Identities) -> dict[str, Any]:
+        return images_manifest(self.folder, chunk, extractors)
 
     def images(self, point: Point) -> Callable[[range], Tensor]:
-        return lambda positions: self.folder(range(positions.start, min(positions.stop, len(self.folder))))
+        return self.folder
 
     def nfe(self, point: Point) -> int:
         """Nothing is sampled."""
         return 0
 
+
+def images_manifest(folder: ImageFolder, chunk: int, extractors: Identities) -> dict[str, Any]:
+    """All that the features of a folder's images depend on."""
+    return ImagesManifest(
+        images_sha256=folder.digest, size=len(folder), chunk=chunk, extractors=extractors
+    ).to_json()

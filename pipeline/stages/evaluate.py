@@ -30,7 +30,7 @@ def run(ctx: Context) -> None:
             progress.update(before + done)
 
         cache = paths.evaluation_cache(ctx.job.scale)
-        evaluator = Evaluator(subject, references, ctx.inputs, how, cache, shown, ranks)
+        evaluator = Evaluator(subject, references, ctx.inputs, how, cache, shown, ranks.device)
 
         def measure(point: Point) -> Numbers:
             nonlocal before

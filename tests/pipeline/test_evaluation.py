@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From images to an evaluation in one process, at a resolution below the source's own."""
+"""From images to an evaluation in one process, at a resolution below the source's own; the commands `evaluate` and `compare`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+import yaml
+from PIL import Image
 
-from pipeline import registry
+from pipeline import compare, manifest, paths, registry
+from pipeline import evaluate as command
 from pipeline.context import Context
+from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.params import Params, read_yaml, validate
+from pipeline.results import read
 from pipeline.stages import dataset, evaluate, features, reference
+from scm_core.ema import save_snapshot
 from scm_core.nn.build import build_network, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = {"slot": "pixel_cond"}
+TEACHER = {**SLOT, "size": "S", "method": "teacher"}
 
 
 class Tracker:
@@ -33,9 +41,8 @@ class Tracker:
         pass
 
 
-@pytest.fixture(scope="module")
-def params() -> Params:
-    """MNIST at 16×16 in pixels, with as little training and sampling as there can be."""
+def smallest() -> dict[str, Any]:
+    """params.yaml with MNIST at 16×16 in pixels at scale smoke, with as little training and sampling as there can be."""
     data = read_yaml(ROOT / "params.yaml")
     data["scale"] = "smoke"
     slots = data["scales"]["smoke"]["slots"]
@@ -43,63 +50,288 @@ def params() -> Params:
     slot["dataset"] = {"source": "mnist5k", "resolution": 16, "channels": 1, "labels": 10}
     slot["features"]["training"]["iterations"] = 2
     slot["evaluation"] |= {"samples": 20, "select_samples": 10, "batch": 10, "teacher": {"solver": "ddim", "steps": 2}}
-    slots["pixel_cond"] = slot
-    return validate(data)
+    data["scales"]["smoke"]["slots"] = {"pixel_cond": slot}
+    return data
 
 
-def context(job: Job, params: Params, root: Path, code: str) -> Context:
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return validate(smallest())
+
+
+def context(job: Job, params: Params, root: Path) -> Context:
     """What the executor would give the stage."""
     out, work = root / job.outputs[0], root / "work" / job.name
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     inputs = {name: root / path for name, path in job.inputs.items()}
     file = work / "progress.json"
-    return Context(job, params, inputs, out, work, Tracker(), f"{job.name}-0", {}, file, False, code)
+    return Context(job, params, inputs, out, work, Tracker(), f"{job.name}-0", {}, file, False)
+
+
+def publish(root: Path, job: Job) -> Path:
+    """A job's output folder, with a manifest as of something that is done."""
+    folder = root / job.outputs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"format": manifest.FORMAT, "files": {}, "run": f"{job.name}-01234567"}
+    (folder / paths.MANIFEST).write_text(json.dumps(made))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def made(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, features, reference and a teacher that was never trained."""
+def repository(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with data, features, reference and a teacher that was never trained, with snapshots of it."""
     root = tmp_path_factory.mktemp("evaluation")
+    (root / "params.yaml").write_text(yaml.safe_dump(smallest(), sort_keys=False))
     for stage in (dataset, features, reference):
         job = registry.find(params, stage.__name__.rpartition(".")[2], SLOT)
-        stage.run(context(job, params, root, "a"))
+        stage.run(context(job, params, root))
+        publish(root, job)
     slot = params.active.slots["pixel_cond"]
     config = {**slot.sizes["S"].network.config(slot.sigma_data), "channels": 1, "resolution": 16, "labels": 10}
+    config["guidance_input"] = False
     torch.manual_seed(0)
-    net = build_network({**config, "guidance_input": False})
-    folder = root / registry.find(params, "teacher", {**SLOT, "size": "S"}).outputs[0]
-    folder.mkdir(parents=True)
-    save_model(
-        folder / "model.safetensors", net.state_dict(), {**config, "guidance_input": False}, {"run": "teacher-0"}
-    )
+    net = build_network(config)
+    torch.nn.init.ones_(net.get_parameter("out_gain"))
+    folder = publish(root, registry.find(params, "teacher", {**SLOT, "size": "S"}))
+    save_model(folder / "model.safetensors", net.state_dict(), config, {"run": "teacher-pixel_cond-S-01234567"})
+    (folder / "snapshots").mkdir()
+    for nimg in (100, 200):
+        for width in (0.05, 0.1):
+            weights = {name: value + nimg * 1e-3 for name, value in net.state_dict().items()}
+            save_snapshot(folder / "snapshots" / f"{nimg}-{width}.safetensors", nimg, width, weights)
     return root
+
+
+@pytest.fixture
+def made(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, found by what is called."""
+    monkeypatch.setenv("SCM_ROOT", str(repository))
+    monkeypatch.chdir(repository)
+    return repository
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many images each call of the sampler makes."""
+    from pipeline import subjects
+
+    calls: list[int] = []
+    sample = subjects.samples
+
+    def counted(slot: Any, student: Any, net: Any, noise: Any, *rest: Any) -> torch.Tensor:
+        calls.append(len(noise[0]))
+        return sample(slot, student, net, noise, *rest)
+
+    monkeypatch.setattr(subjects, "samples", counted)
+    return calls
+
+
+def run_stage(params: Params, root: Path) -> pd.DataFrame:
+    job = registry.find(params, "evaluate", TEACHER)
+    evaluate.run(context(job, params, root))
+    return pd.read_csv(root / job.outputs[0] / "sweep.csv")
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_resolution_below_the_sources_own_is_measured(params: Params, made: Path) -> None:
     """The reference is of the data set that was scaled down, and is recognised as such."""
-    job = registry.find(params, "evaluate", {**SLOT, "size": "S", "method": "teacher"})
-    evaluate.run(context(job, params, made, "a"))
-    facts = json.loads((made / job.outputs[0] / "evaluation.json").read_text())
+    rows = run_stage(params, made)
+    facts = json.loads((made / registry.find(params, "evaluate", TEACHER).outputs[0] / "evaluation.json").read_text())
     assert facts["dataset"] == "mnist5k-16"
-    rows = pd.read_csv(made / job.outputs[0] / "sweep.csv")
+    assert facts["reported"]["2-step"]["fid_sets"] == 2
     assert list(rows.phase) == ["select", "select", *["report"] * (len(rows) - 2)]
+    assert rows.best.sum() == 2  # of two sets
     assert (rows.fid > 0).all()
+    for name in ("precision", "recall", "coverage"):
+        assert rows[name].between(0, 1).all()
+    assert (rows[["fid_se", "precision_se", "recall_se"]] >= 0).all(axis=None)
+    assert rows.key.nunique() == len(rows)
 
 
-def test_points_that_other_code_measured_are_left_aside(
-    params: Params, made: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_measured_is_found_and_another_scale_alone_is_sampled(
+    params: Params, made: Path, sampled: list[int]
 ) -> None:
-    """Measured again by other code, found again by the same code."""
-    job = registry.find(params, "evaluate", {**SLOT, "size": "S", "method": "teacher"})
-    evaluate.run(context(job, params, made, "a"))
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("sampled")
-
-    monkeypatch.setattr("pipeline.evaluation.samples", refuse)
-    evaluate.run(context(job, params, made, "a"))
+    before = run_stage(params, made)
+    sampled.clear()
+    job = registry.find(params, "evaluate", TEACHER)
+    table = (made / job.outputs[0] / "sweep.csv").read_bytes()
+    run_stage(params, made)
+    assert (sum(sampled), (made / job.outputs[0] / "sweep.csv").read_bytes()) == (0, table)
     progress = json.loads((made / "work" / job.name / "progress.json").read_text())
     assert (progress["done"] > 0, progress["rate"]) == (True, None)  # what was found is no measure of speed
-    with pytest.raises(AssertionError, match="sampled"):
-        evaluate.run(context(job, params, made, "b"))
+    data = smallest()
+    data["scales"]["smoke"]["slots"]["pixel_cond"]["evaluation"]["guidance"] = [1.0, 1.25, 1.5]
+    after = run_stage(validate(data), made)
+    more = after[~after.key.isin(before.key)]
+    assert set(more.guidance) == {1.25}
+    assert sum(sampled) == more.samples.sum()
+    same = [column for column in before if column != "best"]
+    kept = after[after.key.isin(before.key)][same].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, before[before.key.isin(after.key)][same].reset_index(drop=True))
+
+
+def test_a_killed_evaluation_goes_on_at_the_next_chunk(
+    params: Params, made: Path, sampled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short after the first of two chunks of a set that was not measured before, by an exception as of Ctrl-C."""
+    from pipeline import subjects
+
+    whole = run_stage(params, made)
+    data = smallest()
+    data["scales"]["smoke"]["slots"]["pixel_cond"]["evaluation"] |= {"report_seed": 500_000, "report_sets": 1}
+    other = validate(data)
+    counted = subjects.samples
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        if len(sampled) == 1:
+            raise KeyboardInterrupt
+        return counted(*arguments)
+
+    sampled.clear()
+    monkeypatch.setattr(subjects, "samples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(other, made)
+    assert sampled == [10]
+    monkeypatch.setattr(subjects, "samples", counted)
+    rows = run_stage(other, made)
+    assert sum(sampled) == rows[rows.phase == "report"].samples.sum()  # no chunk twice
+    assert not set(rows[rows.phase == "report"].key) & set(whole.key)
+
+
+def test_other_code_measures_again(
+    params: Params, made: Path, sampled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stage(params, made)
+    sampled.clear()
+    monkeypatch.setattr("pipeline.subjects.meaning_of", lambda *patterns: "b" * 64)
+    rows = run_stage(params, made)
+    assert sum(sampled) == rows.samples.sum()
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_finds_what_the_stage_measured(
+    params: Params, made: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run_stage(params, made)
+    sampled.clear()
+    reported = rows[(rows.phase == "report") & rows.best]
+    scale = f"{reported.guidance.iloc[0]}"
+    command.main(["teacher-pixel_cond-S", "--guidance", scale, "--sets", "2", "-o", str(made / "points.csv")])
+    assert sampled == []
+    found = read(made / "points.csv")
+    assert list(found.key) == list(reported.key)
+    assert list(found.fid) == list(reported.fid)
+    text = capsys.readouterr().out
+    assert f"{reported.fid.iloc[0]:.4f}" in text
+    assert "minimum" in text  # of two sets
+
+
+def test_a_folder_of_png_files_measures_as_the_model_that_made_them(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same images in the same chunks: the same bits; and no distance to each other."""
+    folder, file = tmp_path / "images", tmp_path / "points.parquet"
+    shared = ["--samples", "20", "-o", str(file)]
+    command.main(["teacher-pixel_cond-S", "--guidance", "1.0", "--images", str(folder), *shared])
+    assert len(list(folder.iterdir())) == 20
+    command.main([str(folder), *shared])
+    model, pictures = read(file).to_dict("records")
+    assert [model[key] for key in ("fid", "precision", "kid")] == [pictures[key] for key in ("fid", "precision", "kid")]
+    capsys.readouterr()
+    compare.main(["teacher-pixel_cond-S", str(folder), "--samples", "20"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("fid" in line and "+0.0000 ±" in line for line in lines)
+    distance = next(float(line.rpartition(" ")[2]) for line in lines if "to each other" in line)
+    assert abs(distance) < 1e-6
+    command.main([str(folder), "--reference", str(folder), "--samples", "20"])
+    assert "folder images" not in capsys.readouterr().err
+
+
+def test_other_averages_come_from_snapshots(made: Path) -> None:
+    file = made / "averages.csv"
+    arguments = ["teacher-pixel_cond-S", "--guidance", "1.0", "--samples", "10", "-o", str(file)]
+    command.main([*arguments, "--ema", "0.05,0.08", "--nimg", "100,200"])
+    command.main(arguments)
+    rows = read(file)
+    assert rows.key.nunique() == len(rows) == 5
+    assert rows.fid.nunique() == 5
+    with pytest.raises(PipelineError, match=r"an earlier checkpoint needs the width of its average; add --ema"):
+        command.main([*arguments, "--nimg", "100"])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of four PNG files."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("L", (16, 16), 40 * i).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["teacher-pixel_cond-L"], "teacher-pixel_cond-L: no teacher or student of scale smoke"),
+        (["student-pixel_cond-S-scd"], "runs/smoke/pixel_cond/student/S/scd: not made yet; run it with: python -m pipeline run student"),
+        (["teacher-pixel_cond-S", "--metrics", "fidd"], "--metrics: fidd: did you mean 'fid'?"),
+        (["teacher-pixel_cond-S", "--metrics", "fd_dinov2"], "fd_dinov2: slot pixel_cond is not measured in its features; add dinov2 to"),
+        (["teacher-pixel_cond-S", "--steps", "1"], "--steps: teacher-pixel_cond-S samples in 2 steps, got 1"),
+        (["teacher-pixel_cond-S", "--guidance", "x"], "--guidance: expected numbers"),
+        (["teacher-pixel_cond-S", "--samples", "1"], "--samples: must be at least 2, got 1"),
+        (["teacher-pixel_cond-S", "--samples", "3"], "--samples: must be above evaluation.neighbours (3), got 3"),
+        (["teacher-pixel_cond-S", "--sets", "0"], "--sets: must be at least 1, got 0"),
+        (["teacher-pixel_cond-S", "-o", "points.txt"], "points.txt: expected a file that ends in .csv or .parquet"),
+        (["teacher-pixel_cond-S", "--images", "new"], "--images: there is one folder, and 2 points of 1 runs; ask for one"),
+        (["PICTURES", "--guidance", "1.0"], "is a folder of images, which are as they are; leave it out"),
+        (["PICTURES", "--samples", "5"], "holds 4 images, 5 are asked for with --samples"),
+        (["PICTURES", "--slot", "pixel"], "--slot: pixel: did you mean 'pixel_cond'?"),
+        (["EMPTY"], "empty: "),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_said_in_a_sentence(
+    made: Path, pictures: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    named = {"PICTURES": str(pictures), "EMPTY": str(empty)}
+    with pytest.raises((PipelineError, ValueError)) as caught:
+        command.main([named.get(word, word) for word in arguments])
+    assert words in str(caught.value)
+
+
+def test_a_reference_that_is_not_there_is_named(made: Path, pictures: Path, params: Params) -> None:
+    folder = made / registry.find(params, "reference", SLOT).outputs[0]
+    folder.rename(folder.with_name("away"))
+    try:
+        with pytest.raises(PipelineError, match=r"pixel_cond/reference: not made yet; run it with: .* run reference"):
+            command.main([str(pictures)])
+    finally:
+        folder.with_name("away").rename(folder)
+
+
+def test_the_library_s_words_are_the_commands(made: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.__main__ import main
+
+    (pictures / "1.png").write_bytes(b"no picture")
+    assert main(["evaluate", str(pictures)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "1.png" in error
+    assert "Traceback" not in error
+
+
+def test_only_the_librarys_sentences_hide_a_traceback(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.__main__ import main
+
+    def fault(*arguments: Any, **options: Any) -> Callable[..., None]:
+        raise ValueError("a bug of the pipeline's")
+
+    monkeypatch.setattr("pipeline.evaluate.points", fault)
+    with pytest.raises(ValueError, match="a bug of the pipeline's"):
+        main(["evaluate", "teacher-pixel_cond-S"])
