@@ -51,7 +51,7 @@ class _Ema:
     def update(self, nimg: int, batch: int, keep: Tensor | None = None) -> None:
         """Images seen so far, and since the last update. `keep`, of shape (), is True where the average is to stay as it is."""
         weight = 1 - self.beta(nimg, batch)
-        averages, weights = list(self.average.values()), [p.detach() for p in self.source.values()]
+        averages, weights = list(self.average.values()), tuple(self.source.values())
         if keep is None:
             torch._foreach_lerp_(averages, weights, weight)
         else:  # not known to the host: one kernel for each parameter, whose share is a tensor

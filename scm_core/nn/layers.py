@@ -29,18 +29,20 @@ class MPWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(*shape))
         self.fan_in = math.prod(shape[1:])
-        self.normalize_()
+        with torch.no_grad():
+            self.normalize_()
 
-    @torch.no_grad()
     def normalize_(self) -> None:
-        """Bring each output's weights back to unit RMS: w ← w √fan_in / ‖w‖ (EDM2, Eq. 47)."""
-        self.weight.div_(row_rms(self.weight))
+        """Bring each output's weights back to unit RMS: w ← w √fan_in / ‖w‖ (EDM2, Eq. 47). Called without gradients."""
+        w = self.weight  # looked up once: a module's attributes are slow
+        w.div_(row_rms(w))
 
     def project_gradient_(self) -> None:
-        """Take from the gradient its part along each output's weights: g ← g − w ⟨w, g⟩/‖w‖² (EDM2, App. B.4)."""
-        if self.weight.grad is not None:
-            along = (self.weight * self.weight.grad).mean(dim=row_dims(self.weight), keepdim=True)
-            self.weight.grad.addcmul_(self.weight, along, value=-1)  # ‖w‖² = fan_in
+        """Take from the gradient its part along each output's weights: g ← g − w ⟨w, g⟩/‖w‖² (EDM2, App. B.4). Called without gradients."""
+        w = self.weight
+        if w.grad is not None:
+            along = (w * w.grad).mean(dim=row_dims(w), keepdim=True)
+            w.grad.addcmul_(w, along, value=-1)  # ‖w‖² = fan_in
 
     def scaled(self, gain: Tensor | float = 1.0) -> Tensor:
         """The weight as it is applied: gain · W / √fan_in."""

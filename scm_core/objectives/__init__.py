@@ -23,6 +23,8 @@ class Batch(NamedTuple):
 
     def part(self, start: int, count: int) -> "Batch":
         """Its samples from number `start` on, `count` of them."""
+        if count == len(self.x0):
+            return self
         at = slice(start, start + count)
         return Batch(self.x0[at], None if self.labels is None else self.labels[at], self.indices[at])
 

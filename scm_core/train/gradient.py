@@ -39,7 +39,8 @@ def seed_dropout(seed: int, device: torch.device) -> None:
 
 def backward(state: TrainState, terms: Terms) -> Terms:
     """Add the gradient of a part's share of the loss, times the loss scale; the terms without their graph."""
-    loss = terms.loss / state.settings.accumulation
+    parts = state.settings.accumulation
+    loss = terms.loss if parts == 1 else terms.loss / parts
     (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()
     return terms._replace(loss=terms.loss.detach())
 

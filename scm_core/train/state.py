@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.ema import Average, HalfLifeEma, PowerEma
-from scm_core.nn.layers import normalized
+from scm_core.nn.layers import mp_weights, normalized
 from scm_core.train.checkpoint import CheckpointError
 from scm_core.train.distributed import SINGLE, Ranks
 from scm_core.train.guard import Step
@@ -92,6 +92,8 @@ class TrainState:
         ranks: Ranks = SINGLE,
     ) -> None:
         self.net, self.heads, self.settings, self.ranks = net, dict(heads or {}), settings, ranks
+        # what is normalised at every step, found once: to walk through the modules costs more than to normalise a small network
+        self.normalized = nn.ModuleList(module for _, module in mp_weights(net))
         self.companions = dict(companions or {})
         seeds = [settings.seed, *(other.settings.seed for other in self.companions.values())]
         if len(set(seeds)) < len(seeds):

@@ -38,7 +38,7 @@ def train_step(
         raise ValueError("objective: expected a loss that depends on the trained weights, got none of their gradients")
     if state.loss_scale is not None:
         state.loss_scale.unscale(gradients)
-    project_gradients(state.net)
+    project_gradients(state.normalized)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     found = ranks.largest((~(torch.isfinite(norm) & torch.isfinite(terms.loss))).to(torch.int32))
     if state.loss_scale is not None:

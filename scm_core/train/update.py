@@ -26,7 +26,7 @@ def apply_update(state: "TrainState", found: Tensor) -> None:
         masked_update(state, found)
     elif not bool(found):
         state.optimizer.step()
-        normalize_weights(state.net)
+        normalize_weights(state.normalized)
         for average in state.averages.values():
             average.update(state.nimg, state.unaveraged)
 
@@ -38,7 +38,7 @@ def masked_update(state: "TrainState", found: Tensor) -> None:
     own.found_inf = found.float()  # type: ignore[attr-defined]  # what torch.amp tells a fused optimizer
     state.optimizer.step()
     bad = found > 0
-    for _, layer in mp_weights(state.net):
+    for _, layer in mp_weights(state.normalized):
         layer.weight.copy_(torch.where(bad, layer.weight, layer.weight / row_rms(layer.weight)))
     for average in state.averages.values():
         average.update(state.nimg, state.unaveraged, keep=bad)

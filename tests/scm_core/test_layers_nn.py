@@ -23,6 +23,7 @@ from scm_core.nn.layers import (
     mp_silu,
     normalize_weights,
     normalized,
+    project_gradients,
     random_dropout,
     self_attention,
 )
@@ -85,7 +86,7 @@ def test_forced_weight_normalisation_survives_a_zero_row() -> None:
     """A row of zeros stays finite."""
     layer = MPLinear(4, 2)
     nn.init.zeros_(layer.weight)
-    layer.normalize_()
+    normalize_weights(layer)
     assert torch.equal(layer.weight.detach(), torch.zeros(2, 4))
 
 
@@ -108,10 +109,10 @@ def test_gradient_flows_to_the_weight_as_it_is_applied() -> None:
 def test_projected_gradient_is_that_of_a_normalisation_in_the_forward(layer: MPWeight) -> None:
     """EDM2's own way: normalise the weight in the forward and let autograd differentiate through it."""
     layer = copy.deepcopy(layer).double()
-    layer.normalize_()
+    normalize_weights(layer)
     x = normal(5, 16, seed=0) if isinstance(layer, MPLinear) else normal(5, layer.weight.shape[1], 4, 4, seed=0)
     layer(x).square().sum().backward()
-    layer.project_gradient_()
+    project_gradients(layer)
 
     weight = layer.weight.detach().clone().requires_grad_()
     rows = weight.flatten(1)
