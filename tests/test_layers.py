@@ -10,7 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {"snakemake", "dvc", "mlflow", "submitit"}
-HEAVY = {"torch", "torchvision", "torch_fidelity", "mlflow", "pandas", "matplotlib", "scipy", "sklearn", "mlxtend"}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "torch_fidelity",
+    "timm",
+    "mlflow",
+    "pandas",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "mlxtend",
+}
 
 CORE = sorted((ROOT / "scm_core").rglob("*.py"))
 STAGES = sorted((ROOT / "pipeline/stages").glob("[!_]*.py"))

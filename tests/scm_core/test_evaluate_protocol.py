@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -143,39 +142,6 @@ def test_torch_fidelity_measures_the_same_with_our_extractor(
     assert result.precision == pytest.approx(theirs["precision"], abs=2e-3)  # float32 distances
     assert result.recall == pytest.approx(theirs["recall"], abs=2e-3)
     assert result.samples == 600
-
-
-@pytest.mark.slow
-def test_inception_goes_the_same_way(tmp_path: Path, digits: ImageSet) -> None:
-    """The real network with random weights: create, extract, and refuse a pickle in the weights' place."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
-
-    fetch = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
-    torch.manual_seed(0)
-    with mock.patch(fetch, return_value={}), mock.patch.object(Inception, "load_state_dict"):
-        network = Inception("inception-v3-compat", ["2048"])
-    path = tmp_path / "inception.pth"
-    torch.save(network.state_dict(), path)
-    inception = create_extractor("inception-v3-compat", path)
-    assert inception.identity.layer == "2048"
-    features = extract(inception, digits.images[:4], batch=2)
-    torch.testing.assert_close(features, network(to_rgb(digits.images[:4]))[0], rtol=1e-4, atol=1e-5)
-
-
-class Unpickled(Exception):
-    pass
-
-
-class Trap:
-    def __reduce__(self) -> tuple:
-        return Unpickled, ("this file was unpickled",)
-
-
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    path = tmp_path / "inception.pth"
-    torch.save({"weights": Trap()}, path)
-    with pytest.raises(ValueError, match="no tensors-only weights file"):
-        create_extractor("inception-v3-compat", path)
 
 
 def test_reference_survives_the_disk(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
