@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 
@@ -27,10 +27,24 @@ def save_described(
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write tensors with `kind`, `config` and `info` (JSON values): the same bytes for the same contents."""
+    save_file(_plain(tensors), str(path), metadata=_metadata(kind, config, info))
+
+
+def described_bytes(
+    tensors: Mapping[str, Tensor], kind: str, config: Mapping[str, Any], info: Mapping[str, Any] | None = None
+) -> bytes:
+    """What `save_described` would write, for callers that write it themselves."""
+    return save(_plain(tensors), metadata=_metadata(kind, config, info))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def _metadata(kind: str, config: Mapping[str, Any], info: Mapping[str, Any] | None) -> dict[str, str]:
     # One entry only: safetensors writes several in an order that changes from run to run.
     header = {"format": kind, "config": dict(config), "info": dict(info or {})}
-    metadata = {"scm": json.dumps(header, sort_keys=True)}
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, str(path), metadata=metadata)
+    return {"scm": json.dumps(header, sort_keys=True)}
 
 
 def load_described(path: Path, kind: str) -> Described:
