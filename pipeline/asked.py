@@ -148,7 +148,9 @@ class Asked:
         names = {"subject": subject.name, **{key: axes.get(key, "") for key in ("slot", "size", "method")}}
         references = self._references(slot, slot_name, inputs)
         cache = paths.evaluation_cache(self.params.scale)
-        return Target(subject, Evaluator(subject, references, inputs, slot.evaluation, cache, device=own_device()), slot, names)
+        return Target(
+            subject, Evaluator(subject, references, inputs, slot.evaluation, cache, device=own_device()), slot, names
+        )
 
     def _slot(self) -> str:
         slots = self.params.active.slots
@@ -175,7 +177,9 @@ class Asked:
         if self.options.reference is None:
             return load_references(spaces, inputs["reference"])
         extractors = {space: load_extractor(space, inputs, own_device()) for space in spaces}
-        return reference_of(self.options.reference, extractors, slot.evaluation, paths.evaluation_cache(self.params.scale))
+        return reference_of(
+            self.options.reference, extractors, slot.evaluation, paths.evaluation_cache(self.params.scale)
+        )
 
 
 def words(text: str, option: str) -> list[str]:
@@ -212,4 +216,3 @@ def whole_numbers(text: str, option: str) -> list[int]:
     if any(value != int(value) for value in found):
         raise PipelineError(f"{option}: expected whole numbers such as 1,2, got {text}")
     return [int(value) for value in found]
-

@@ -21,17 +21,25 @@ ERRORS = {"fid": "fid_se", "precision": "precision_se", "recall": "recall_se"}
 
 def main(argv: Sequence[str]) -> int:
     """Print both, their differences in standard errors, and the distance between them."""
-    parser = Parser(prog="python -m pipeline compare", description="Compare two trained models, or folders of PNG files.")
+    parser = Parser(
+        prog="python -m pipeline compare", description="Compare two trained models, or folders of PNG files."
+    )
     for name in ("a", "b"):
-        parser.add_argument(name, metavar=name.upper(), help="a trained job, its run id or its folder; or a folder of PNG files")
+        parser.add_argument(
+            name, metavar=name.upper(), help="a trained job, its run id or its folder; or a folder of PNG files"
+        )
     add_options(parser)
     parser.add_argument("--guidance", type=float, help="of both, where they have one (default: 1.0)")
-    parser.add_argument("--steps", type=int, help="of both, where they sample (default: the fewest that each is made for)")
+    parser.add_argument(
+        "--steps", type=int, help="of both, where they sample (default: the fewest that each is made for)"
+    )
     options = parser.parse_args(list(argv))
     asked = Asked(load(paths.root() / PARAMS_FILE, options.scale), options)
     targets = [asked.target(run) for run in (options.a, options.b)]
     count = min(options.samples or target.default_samples for target in targets)
-    points = [point_of(target, run, options, count) for target, run in zip(targets, (options.a, options.b), strict=True)]
+    points = [
+        point_of(target, run, options, count) for target, run in zip(targets, (options.a, options.b), strict=True)
+    ]
     print("\n".join(report(targets, points, asked.columns)))
     return 0
 
@@ -47,7 +55,11 @@ def point_of(target: Target, run: str, options: argparse.Namespace, count: int) 
     if steps not in subject.steps:
         raise PipelineError(f"--steps: {run} samples in {' or '.join(map(str, subject.steps))} steps, got {steps}")
     scale = (1.0 if options.guidance is None else options.guidance) if subject.guidable else None
-    if scale is not None and subject.guidance_range and not subject.guidance_range[0] <= scale <= subject.guidance_range[1]:
+    if (
+        scale is not None
+        and subject.guidance_range
+        and not subject.guidance_range[0] <= scale <= subject.guidance_range[1]
+    ):
         low, high = subject.guidance_range
         raise PipelineError(f"--guidance: {run} was trained on scales {low:g} to {high:g}, got {scale:g}")
     first = target.slot.evaluation.report_seed if options.first is None else options.first

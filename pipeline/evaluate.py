@@ -30,11 +30,17 @@ def main(argv: Sequence[str]) -> int:
     add_options(parser)
     parser.add_argument("--guidance", metavar="LIST", help="1.0,1.5 or 1.0:2.0:0.1 (default: evaluation.guidance)")
     parser.add_argument("--steps", metavar="LIST", help="of consistency sampling (default: all the model is made for)")
-    parser.add_argument("--ema", metavar="LIST", help="relative widths of averages, from snapshots (default: the published one)")
+    parser.add_argument(
+        "--ema", metavar="LIST", help="relative widths of averages, from snapshots (default: the published one)"
+    )
     parser.add_argument("--nimg", metavar="LIST", help="images seen, for earlier checkpoints; needs --ema")
-    parser.add_argument("--sets", type=int, default=1, help="of samples, for a spread over seeds (default: %(default)s)")
+    parser.add_argument(
+        "--sets", type=int, default=1, help="of samples, for a spread over seeds (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .csv or .parquet file for the rows")
-    parser.add_argument("--images", metavar="FOLDER", type=Path, help="a new folder for the images of the one point that is measured")
+    parser.add_argument(
+        "--images", metavar="FOLDER", type=Path, help="a new folder for the images of the one point that is measured"
+    )
     options = parser.parse_args(list(argv))
     if options.images and options.images.exists():
         raise PipelineError(f"{options.images}: exists already; give --images a new folder")
@@ -62,7 +68,9 @@ def measure(asked: Asked, run: str, options: argparse.Namespace) -> Iterator[dic
     commit = asked.commit
     wanted = points(target, run, options)
     if options.images and (len(wanted) > 1 or len(options.runs) > 1):
-        raise PipelineError(f"--images: there is one folder, and {len(wanted)} points of {len(options.runs)} runs; ask for one")
+        raise PipelineError(
+            f"--images: there is one folder, and {len(wanted)} points of {len(options.runs)} runs; ask for one"
+        )
     for point in wanted:
         if options.images:
             write_images(target, point, options.images)

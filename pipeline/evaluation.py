@@ -7,6 +7,7 @@ is asked for again, by the same job, another one, or `python -m pipeline evaluat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from scm_core.evaluate.manifest import identities
 from scm_core.evaluate.manifold import precision_recall
 from scm_core.evaluate.protocol import evaluate
 from scm_core.evaluate.resampling import grouped_jackknife
-from scm_core.evaluate.store import FeatureStore
+from scm_core.evaluate.store import FeatureStore, StoreInUseError
 
 METRICS_CODE = ("scm_core/evaluate/*.py",)
 
@@ -37,7 +38,8 @@ class Evaluator:
     """Measures points of a subject in feature spaces, against the reference of each.
 
     `cache` is the folder of what was measured, `device` where images and features are computed. Several processes may measure the same points
-    at a time: they share the sampling. `progress` is told how many samples of the running set are there.
+    at a time: they share the sampling. Those that were started for it wait for each other in `together`, before one of them removes the
+    features. `progress` is told how many samples of the running set are there.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Evaluator:
         cache: Path,
         progress: Callable[[int], None] = lambda done: None,
         device: torch.device | None = None,
+        together: Callable[[], None] = lambda: None,
     ) -> None:
         self.subject, self.references, self.how, self.cache = subject, references, how, cache
-        self.progress = progress
+        self.progress, self.together = progress, together
         self.extractors = {space: load_extractor(space, inputs, device) for space in references}
         for space, extractor in self.extractors.items():
             references[space].require(extractor.identity)
@@ -78,14 +81,18 @@ class Evaluator:
         files = self._files(point, key)
         if not self.known(point):
             store = self.filled(point)
+            self.together()
             folder = self.cache / "numbers"
             folder.mkdir(parents=True, exist_ok=True)
-            with Lock(folder / f".{key[:40]}.lock").held():  # of several processes one computes, and the others find it done
+            with Lock(
+                folder / f".{key[:40]}.lock"
+            ).held():  # of several processes one computes, and the others find it done
                 if not self.known(point):
                     for space, file in files.items():
                         write_json(file, numbers(store.features(space), self.references[space], self.how))
                     if not self.how.keep_features:
-                        store.drop()
+                        with contextlib.suppress(StoreInUseError):  # somebody else needs more samples of the set
+                            store.drop()
         self.progress(point.samples)
         shared = {"nfe": self.subject.nfe(point), "key": key[:16]}
         return {space: {**shared, **_read(file)} for space, file in files.items()}
@@ -129,9 +136,7 @@ def load_references(spaces: Sequence[str], folder: Path, dataset: str | None = N
     return {space: load_reference(folder / space, dataset=dataset) for space in spaces}
 
 
-def reference_of(
-    path: Path, extractors: Mapping[str, Extractor], how: Evaluation, cache: Path
-) -> dict[str, Reference]:
+def reference_of(path: Path, extractors: Mapping[str, Extractor], how: Evaluation, cache: Path) -> dict[str, Reference]:
     """A reference in each space from a folder of PNG files."""
     folder = ImageFolder(path)
     manifest = images_manifest(folder, how.batch, identities(extractors))

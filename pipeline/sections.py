@@ -245,7 +245,9 @@ class Evaluation(Model):
         if self.select_samples > self.samples:
             raise problem("select_samples", f"must be at most samples ({self.samples}), got {self.select_samples}")
         if len(set(self.spaces)) < len(self.spaces) or {"classifier", "inception"} <= set(self.spaces):
-            raise problem("spaces", f"must name each once, and one of classifier and inception, got {list(self.spaces)}")
+            raise problem(
+                "spaces", f"must name each once, and one of classifier and inception, got {list(self.spaces)}"
+            )
         if self.groups == 1:
             raise problem("groups", "must be 0 or at least 2, got 1")
         if self.neighbours >= self.select_samples:

@@ -160,7 +160,9 @@ class ModelSubject:
         if self._variant[0] != (ema, nimg):
             stored = load_snapshots(self._snapshots())
             if ema is None:
-                raise PipelineError(f"{self.name}: an earlier checkpoint needs the width of its average; add --ema 0.05")
+                raise PipelineError(
+                    f"{self.name}: an earlier checkpoint needs the width of its average; add --ema 0.05"
+                )
             weights = normalized(self.model.net, reconstruct(stored, ema, nimg))
             net = copy.deepcopy(self.model.net)
             net.load_state_dict(weights, strict=False)
@@ -204,6 +206,4 @@ class FolderSubject:
 
 def images_manifest(folder: ImageFolder, chunk: int, extractors: Identities) -> dict[str, Any]:
     """All that the features of a folder's images depend on."""
-    return ImagesManifest(
-        images_sha256=folder.digest, size=len(folder), chunk=chunk, extractors=extractors
-    ).to_json()
+    return ImagesManifest(images_sha256=folder.digest, size=len(folder), chunk=chunk, extractors=extractors).to_json()

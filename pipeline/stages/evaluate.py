@@ -30,7 +30,7 @@ def run(ctx: Context) -> None:
             progress.update(before + done)
 
         cache = paths.evaluation_cache(ctx.job.scale)
-        evaluator = Evaluator(subject, references, ctx.inputs, how, cache, shown, ranks.device)
+        evaluator = Evaluator(subject, references, ctx.inputs, how, cache, shown, ranks.device, ranks.wait)
 
         def measure(point: Point) -> Numbers:
             nonlocal before

@@ -27,7 +27,17 @@ def run(ctx: Context) -> None:
         points = points[(points.phase == SELECT) & points.guidance.notna()]
         parts.append(points.assign(size=size, method=METHOD_NAMES.get(method, method), run=facts["run"]))
     table = pd.concat(parts)
-    columns = ["size", "method", "steps", "guidance", "nfe", "samples", *PANELS, *(f"{key}_se" for key in PANELS), "run"]
+    columns = [
+        "size",
+        "method",
+        "steps",
+        "guidance",
+        "nfe",
+        "samples",
+        *PANELS,
+        *(f"{key}_se" for key in PANELS),
+        "run",
+    ]
     table = table[columns].sort_values(["size", "method", "steps", "guidance"], kind="stable")
     table.to_csv(ctx.out / "figure7.csv", index=False)
     how = slot.evaluation

@@ -31,6 +31,10 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+class StoreInUseError(StoreError):
+    """Another process is filling the store."""
+
+
 class FeatureStore:
     """The features of the image set that `manifest` describes, below `folder` in a folder named `manifest_key(manifest)`.
 
@@ -172,7 +176,7 @@ class FeatureStore:
     def drop(self) -> int:
         """Remove all features, whose results were taken, leave the manifest, and return the bytes freed.
 
-        Raises StoreError, and removes nothing, while a process is filling the store.
+        Raises StoreInUseError, and removes nothing, while a process is filling the store; StoreError if removing fails.
         """
         freed = self.bytes()
         with contextlib.ExitStack() as stack:
@@ -183,7 +187,9 @@ class FeatureStore:
                 for path in (*self._files(), *claims):
                     path.unlink(missing_ok=True)
             except HeldError as error:
-                raise StoreError(f"{self.path}: is being filled by {error}; wait for it and drop it then") from None
+                raise StoreInUseError(
+                    f"{self.path}: is being filled by {error}; wait for it and drop it then"
+                ) from None
             except OSError as error:
                 raise failure(self.path, error, "removing features", "what is left is valid") from error
         return freed

@@ -67,7 +67,9 @@ def test_lists_and_ranges() -> None:
     assert words("fid, prdc", "--metrics") == ["fid", "prdc"]
 
 
-@pytest.mark.parametrize("text", ["", ",", "a", "1:2", "2:1:0.1", "1:2:0", "1:2:-1", "1:2:0.1:4", "nan", "inf", "1:inf:1", "0:1e9:1e-9"])
+@pytest.mark.parametrize(
+    "text", ["", ",", "a", "1:2", "2:1:0.1", "1:2:0", "1:2:-1", "1:2:0.1:4", "nan", "inf", "1:inf:1", "0:1e9:1e-9"]
+)
 def test_a_list_that_is_none_is_named(text: str) -> None:
     with pytest.raises(PipelineError, match=r"^--guidance: expected "):
         numbers(text, "--guidance")
