@@ -9,6 +9,6 @@ from scm_core.evaluate.protocol import make_reference
 
 
 def run(ctx: Context) -> None:
-    """Write features, mean and covariance, with the identities of data and extractor."""
+    """Write features, mean and covariance, what evaluations need of them alone, and the identities of data and extractor."""
     extractor = create_extractor(CLASSIFIER, ctx.inputs["features"] / CLASSIFIER_FILE)
-    make_reference(extractor, load_images(ctx.inputs["dataset"])).save(ctx.out)
+    make_reference(extractor, load_images(ctx.inputs["dataset"])).prepare().save(ctx.out)
