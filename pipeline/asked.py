@@ -110,7 +110,7 @@ class Asked:
 
     def spaces(self, slot: Slot, name: str) -> list[str]:
         """The feature spaces of a slot that the metrics are about."""
-        wanted = {metric.distance for metric in self.metrics} - {None}
+        wanted = {metric.distance for metric in self.metrics if metric.distance is not None}
         known = {SPACES[space].distance: space for space in slot.evaluation.spaces}
         for distance in sorted(wanted - known.keys()):
             others = [space for space, declared in SPACES.items() if declared.distance == distance]

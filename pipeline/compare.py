@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline import paths
@@ -99,7 +99,7 @@ def described(target: Target, point: Point) -> str:
     return ", ".join(parts)
 
 
-def line(key: str, a: dict[str, Any], b: dict[str, Any]) -> str:
+def line(key: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """One number of both, and the difference with its error; the sets count as independent."""
     error = ERRORS.get(key)
     cells = []

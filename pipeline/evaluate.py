@@ -16,6 +16,7 @@ from pipeline.asked import Asked, Target, add_options, numbers, whole_numbers
 from pipeline.cli import Parser
 from pipeline.errors import PipelineError
 from pipeline.params import PARAMS_FILE, load
+from pipeline.provenance import git_state
 from pipeline.sweep import REPORT, Point
 
 LISTS = {"guidance": numbers, "steps": whole_numbers, "ema": numbers, "nimg": whole_numbers}
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 def measure(asked: Asked, run: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one RUN, a row for each point and space, with what they depend on."""
     target = asked.target(run)
-    commit = asked.commit
+    commit = git_state()["commit"]
     wanted = points(target, run, options)
     if options.images and (len(wanted) > 1 or len(options.runs) > 1):
         raise PipelineError(
@@ -84,7 +85,7 @@ def measure(asked: Asked, run: str, options: argparse.Namespace) -> Iterator[dic
                 "dataset": reference.dataset,
                 "extractor": reference.extractor,
                 "weights_sha256": reference.weights_sha256,
-                "reference_sha256": reference.sha256,
+                "reference_sha256": reference.key,
                 "commit": commit,
             }
 
@@ -92,7 +93,7 @@ def measure(asked: Asked, run: str, options: argparse.Namespace) -> Iterator[dic
 def points(target: Target, run: str, options: argparse.Namespace) -> list[Point]:
     """The grid for one target; PipelineError for an axis that it does not have."""
     how, subject = target.slot.evaluation, target.subject
-    if target.is_folder:
+    if subject.is_folder:
         for name in (*LISTS, "first"):
             if getattr(options, name) is not None:
                 raise PipelineError(f"--{name}: {run} is a folder of images, which are as they are; leave it out")

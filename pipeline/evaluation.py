@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring sets of images: one pass through the networks of all feature spaces, every number from it, nothing computed twice.
 
-What was measured lies below `runs/<scale>/.cache/evaluation`, under a key made of all that it depends on (see `Subject.manifest`): a point that
-is asked for again, by the same job, another one, or `python -m pipeline evaluate`, is read. A set that was cut short goes on where it was.
+What was measured lies below `runs/<scale>/.cache/evaluation`, under a key made of all that it depends on (see `Subject.manifest`). A
+point that is asked for again, by the same job, another one, or `python -m pipeline evaluate`, is read. A set that was cut short goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from scm_core.evaluate import Reference, load_reference
 from scm_core.evaluate.extractors import Extractor
 from scm_core.evaluate.folder import ImageFolder
 from scm_core.evaluate.manifest import identities
-from scm_core.evaluate.manifold import precision_recall
+from scm_core.evaluate.manifold import manifold_metrics
 from scm_core.evaluate.protocol import evaluate
+from scm_core.evaluate.protocol import reference_of as make
 from scm_core.evaluate.resampling import grouped_jackknife
 from scm_core.evaluate.store import FeatureStore, StoreInUseError
 
@@ -37,9 +39,9 @@ METRICS_CODE = ("scm_core/evaluate/*.py",)
 class Evaluator:
     """Measures points of a subject in feature spaces, against the reference of each.
 
-    `cache` is the folder of what was measured, `device` where images and features are computed. Several processes may measure the same points
-    at a time: they share the sampling. Those that were started for it wait for each other in `together`, before one of them removes the
-    features. `progress` is told how many samples of the running set are there.
+    `cache` is the folder of what was measured, `device` where images and features are computed. Several processes may measure the same
+    points at a time: they share the sampling. Those that were started for it wait for each other in `together`, before one of them
+    removes the features. `progress` is told how many samples of the running set are there.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Evaluator:
         together: Callable[[], None] = lambda: None,
     ) -> None:
         self.subject, self.references, self.how, self.cache = subject, references, how, cache
-        self.progress, self.together = progress, together
+        self.progress, self.together, self.device = progress, together, device
         self.extractors = {space: load_extractor(space, inputs, device) for space in references}
         for space, extractor in self.extractors.items():
             references[space].require(extractor.identity)
@@ -89,7 +91,7 @@ class Evaluator:
             ).held():  # of several processes one computes, and the others find it done
                 if not self.known(point):
                     for space, file in files.items():
-                        write_json(file, numbers(store.features(space), self.references[space], self.how))
+                        write_json(file, numbers(store.features(space), self.references[space], self.how, self.device))
                     if not self.how.keep_features:
                         with contextlib.suppress(StoreInUseError):  # somebody else needs more samples of the set
                             store.drop()
@@ -107,7 +109,7 @@ class Evaluator:
             "code": self.code,
         }
         return {
-            space: self.cache / "numbers" / f"{sha256_text(canonical({**compared, space: reference.sha256}))[:40]}.json"
+            space: self.cache / "numbers" / f"{sha256_text(canonical({**compared, space: reference.key}))[:40]}.json"
             for space, reference in self.references.items()
         }
 
@@ -119,14 +121,17 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def numbers(features: Tensor, reference: Reference, how: Evaluation) -> dict[str, float | None]:
+def numbers(
+    features: Tensor, reference: Reference, how: Evaluation, device: torch.device | None = None
+) -> dict[str, float | None]:
     """Every number of generated features (N, D) against a reference, with the errors of precision and recall if asked for."""
-    found = evaluate(features, reference, how.neighbours)
+    found = evaluate(features, reference, how.neighbours, device=device)
     errors: Sequence[float | None] = (None, None)
     if how.groups:
+        real = reference.feature_set(device)
         errors = grouped_jackknife(
-            lambda part: precision_recall(reference.features, part, how.neighbours), features, how.groups
-        )
+            lambda part: manifold_metrics(real, part, how.neighbours)[:2], features, how.groups
+        )  # the first two are precision and recall
     result = {key: value for key, value in found._asdict().items() if key != "samples"}
     return {**result, "precision_se": errors[0], "recall_se": errors[1]}
 
@@ -144,7 +149,7 @@ def reference_of(path: Path, extractors: Mapping[str, Extractor], how: Evaluatio
     store.fill(folder, extractors)
     name = f"folder {path.name}"
     references = {
-        space: reference_from(store.features(space), name, folder.digest, extractor.identity)
+        space: make(store.features(space), name, folder.digest, extractor.identity)
         for space, extractor in extractors.items()
     }
     store.drop()

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.errors import PipelineError
 from pipeline.files import Lock
-from scm_core.evaluate.selection import spread
+from scm_core.evaluate.selection import minimum, spread
 
 SHOWN = ("subject", "space", "steps", "guidance", "ema", "nimg", "nfe", "samples", "first_index")
 KEY = ["subject", "key", "space", "samples", "reference_sha256"]  # what makes two rows the same measurement
@@ -34,9 +34,9 @@ def spreads(table: pd.DataFrame) -> list[str]:
     lines = []
     for names, group in table.groupby(axes, dropna=False, sort=False):
         if len(group) > 1:
-            found = spread(group.fid.tolist())
+            values = group.fid.tolist()
             what = ", ".join(f"{axis} {name}" for axis, name in zip(axes, names, strict=True) if not pd.isna(name))
-            lines.append(f"{what}: {found}")
+            lines.append(f"{what}: {spread(values)}, {minimum(values)}")
     return lines
 
 

@@ -33,4 +33,4 @@ def load_extractor(space: str, inputs: Mapping[str, Path], device: torch.device 
     from scm_core.evaluate.extractors import create_extractor
 
     weights = inputs["features"] / CLASSIFIER_FILE if space == "classifier" else None
-    return create_extractor(SPACES[space].extractor, weights, device=device)
+    return create_extractor(SPACES[space].extractor, weights, device=device or "cpu")

@@ -56,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure of one model. `grid`: its guidance scales, or None for a model without; `reports`: the first indices of fresh sets."""
+    """What to measure of one model. `grid`: its guidance scales, None for a model without; `reports`: the first indices of fresh sets."""
 
     steps: Sequence[int]
     grid: Sequence[float] | None

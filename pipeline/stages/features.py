@@ -15,6 +15,7 @@ from scm_core.seeds import derive_seed
 def run(ctx: Context) -> None:
     """Write the classifier with its standardisation; the accuracy logged is that of the training batches."""
     wanted, dataset = ctx.slot.features, ctx.slot.dataset
+    assert wanted is not None
     seed = derive_seed(ctx.scale.seed, ctx.job.name)
     images = load_images(ctx.inputs["dataset"])
     torch.manual_seed(derive_seed(seed, "init"))

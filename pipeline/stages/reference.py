@@ -9,7 +9,7 @@ from scm_core.train.distributed import own_device
 
 
 def run(ctx: Context) -> None:
-    """Write a folder for each space: features, mean and covariance, with the identities of data and extractor."""
-    images = load_images(ctx.inputs["dataset"])
+    """Write a folder for each space: features, their moments, what evaluations need of them alone, identities of data and network."""
+    images, device = load_images(ctx.inputs["dataset"]), own_device()
     for space in ctx.slot.evaluation.spaces:
-        make_reference(load_extractor(space, ctx.inputs, own_device()), images).save(ctx.out / space)
+        make_reference(load_extractor(space, ctx.inputs, device), images).prepare(device=device).save(ctx.out / space)

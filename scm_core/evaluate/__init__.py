@@ -2,10 +2,18 @@
 """Metrics and the protocol around them; who needs an extractor imports `scm_core.evaluate.extractors` (slow)."""
 
 from scm_core.evaluate.frechet import FidResult, frechet_distance, frechet_with_error
-from scm_core.evaluate.manifold import PrecisionRecall, kid, precision_recall
+from scm_core.evaluate.manifold import (
+    FeatureSet,
+    ManifoldMetrics,
+    PrecisionRecall,
+    kid,
+    manifold_metrics,
+    precision_recall,
+)
 from scm_core.evaluate.moments import Moments
 from scm_core.evaluate.protocol import (
     Evaluation,
+    Prepared,
     Reference,
     evaluate,
     extract,
@@ -16,9 +24,12 @@ from scm_core.evaluate.protocol import (
 
 __all__ = [
     "Evaluation",
+    "FeatureSet",
     "FidResult",
+    "ManifoldMetrics",
     "Moments",
     "PrecisionRecall",
+    "Prepared",
     "Reference",
     "evaluate",
     "extract",
@@ -27,6 +38,7 @@ __all__ = [
     "kid",
     "load_reference",
     "make_reference",
+    "manifold_metrics",
     "precision_recall",
     "to_uint8",
 ]

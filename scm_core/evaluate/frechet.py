@@ -1,40 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Fréchet distance of Gaussians (FID: Heusel et al. 2017) and its standard error."""
+"""The Fréchet distance of Gaussians (FID: Heusel et al. 2017), its standard error and its bias."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scm_core.evaluate.moments import Moments, checked_features
+from scm_core.evaluate.moments import CHUNK, Moments, check_features
 
 
 class FidResult(NamedTuple):
-    """A Fréchet distance and the standard error that the finite number of generated samples gives it."""
+    """A Fréchet distance with the standard error and the bias that the finite number of generated samples gives it.
+
+    `bias` is None where it is not known, see `frechet_with_error`.
+    """
 
     value: float
     se: float
+    bias: float | None
+
+    @property
+    def corrected(self) -> float | None:
+        """value − bias; for samples of the reference's own distribution it is as often below zero as above."""
+        return None if self.bias is None else self.value - self.bias
 
 
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """Return d² = |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₂^½ Σ₁ Σ₂^½)^½) for means (D,) and covariances (D, D), in float64.
 
-    The trace term is the sum of the roots of the symmetrised product's eigenvalues, which have the eigenvalues of Σ₁Σ₂
-    without its loss of symmetry. Singular covariances are fine. Raises `ValueError` for disagreeing shapes, values
-    that are not finite, or a matrix that is not symmetric positive semi-definite.
+    Singular covariances are fine. Raises `ValueError` for disagreeing shapes, values that are not finite, or a matrix
+    that is not symmetric positive semi-definite.
     """
     mu1, cov1 = _gaussian(mu1, cov1, "first")
     mu2, cov2 = _gaussian(mu2, cov2, "second")
     if mu1.shape != mu2.shape:
         raise ValueError(f"the two Gaussians have {len(mu1)} and {len(mu2)} dimensions")
-    root2 = _root(cov2, "second")
-    product = root2 @ cov1 @ root2
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
-    _require_psd(eigenvalues, cov1, cov2, "first")
-    trace = eigenvalues.clamp(min=0).sqrt().sum()  # below zero is rounding of a zero
-    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace)
+    return _distance(mu1, cov1, mu2, cov2, trace_term(cov1, matrix_root(cov2)))
+
+
+def matrix_root(cov: Tensor) -> Tensor:
+    """Return the symmetric root Σ^½ (D, D) of a covariance, float64; `ValueError` unless it is positive semi-definite.
+
+    What a reference needs once: `trace_term` and `frechet_with_error` take it.
+    """
+    cov = cov.double()
+    eigenvalues, vectors = torch.linalg.eigh(cov)
+    _require_psd(eigenvalues, float(cov.norm()), "second")
+    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+
+
+def trace_term(cov1: Tensor, root2: Tensor) -> float:
+    """Return tr (Σ₂^½ Σ₁ Σ₂^½)^½ of a covariance and the other one's root.
+
+    The sum of the roots of the symmetrised product's eigenvalues, which are those of Σ₁Σ₂ without its loss of symmetry.
+    """
+    eigenvalues = torch.linalg.eigvalsh(_symmetric_product(cov1, root2))
+    _require_psd(eigenvalues, float(cov1.norm() * root2.norm() ** 2), "first")
+    return float(eigenvalues.clamp(min=0).sqrt().sum())  # below zero is rounding of a zero
 
 
 def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
@@ -43,37 +68,105 @@ def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
     T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^{−½} Σ₂^½ with the pseudo-inverse: I − T is then the derivative of d² by Σ₁ also where a
     covariance is singular, since samples of the first Gaussian never leave Σ₁'s range.
     """
-    root2 = _root(cov2.double(), "second")
-    product = root2 @ cov1.double() @ root2
-    eigenvalues, vectors = torch.linalg.eigh((product + product.T) / 2)
-    # Numerical rank as in torch.linalg.matrix_rank: what is below is a zero of the exact product, left out of its
-    # inverse.
-    floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(torch.float64).eps
-    inverse_root = torch.where(eigenvalues > floor, eigenvalues.clamp(min=floor).rsqrt(), 0.0)
-    half = root2 @ (vectors * inverse_root.sqrt())
+    root2 = matrix_root(cov2)
+    eigenvalues, vectors = torch.linalg.eigh(_symmetric_product(cov1.double(), root2))
+    roots, positive = _positive_roots(eigenvalues)
+    half = root2 @ (vectors[:, positive] * roots.rsqrt())
     return half @ half.T
 
 
-def frechet_with_error(features_fake: Tensor, ref_moments: Moments) -> FidResult:
-    """Return the Fréchet distance of features (N, D) to a reference and its standard error sd(IF)/√N (delta method).
+def frechet_with_error(features_fake: Tensor, ref_moments: Moments, ref_root: Tensor | None = None) -> FidResult:
+    """Return the Fréchet distance of features (N, D) to a reference, with its standard error and bias.
 
-    The influence of sample i is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i up to a constant, with x̃_i = x_i − μ and
-    T the transport map from the samples' Gaussian to the reference's. The samples count as independent and the
-    reference as exact; the estimate's bias is not in the error. For class-balanced samples the error is an upper
-    estimate: sd(IF) holds the spread between classes too, which a fixed number of each leaves no room to vary. Raises
-    `ValueError` for N < 2, another D or features that are not finite.
+    Both follow from the derivatives of d² towards single samples (infinitesimal jackknife). With x̃_i = x_i − μ and T
+    the transport map from the samples' Gaussian to the reference's, the first is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i
+    up to a constant, and se = sd(IF)/√N. The mean of the second over 2N is the bias. For the mean it is tr Σ₁/N. For the
+    covariance, with Σ₂^½ Σ₁ Σ₂^½ = V diag(a) Vᵀ, u = VᵀΣ₂^½x̃ and h = uuᵀ − diag(a), it is
+
+        (1/2N) Σ_ij E[h_ij²] / (√a_i √a_j (√a_i + √a_j)),
+
+    over positive a (a sample has no part in the others). The first derivative brings no bias: Σ₁ is the unbiased
+    covariance. Equal Gaussians of covariance I have D/N + D(D + 1)/4N. Terms of order (D/N)² are left out, so N/D
+    should be 20 or more.
+
+    The samples count as independent and the reference as exact. Samples close to the reference have an se up to √2 too
+    high, as sd(IF) counts the fluctuation of IF itself twice. For class-balanced samples se is an upper estimate, too:
+    sd(IF) holds the spread between classes, which a fixed number of each leaves no room to vary; the bias does likewise.
+    For N ≤ D the samples' covariance is singular, the expansion does not hold and the bias is None; value and error then
+    come from the N×N matrix X̃Σ₂X̃ᵀ/(N − 1), which has the same positive eigenvalues. Otherwise the reference's root is
+    taken from `ref_root` (`matrix_root`), if given. Raises `ValueError` for N < 2, another D or features that are not
+    finite.
     """
-    features = checked_features(features_fake, ref_moments.dim, "generated features").cpu()
-    if len(features) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 samples, got {len(features)}")
-    moments = Moments.of(features)
-    mean, cov = moments.mean, moments.cov
-    value = frechet_distance(mean, cov, ref_moments.mean, ref_moments.cov)
-    centred = features - mean
-    transport = transport_map(cov, ref_moments.cov)
-    quadratic = (centred * (centred - centred @ transport)).sum(dim=1)
-    influence = 2 * centred @ (mean - ref_moments.mean) + quadratic
-    return FidResult(value, float(influence.std() / len(features) ** 0.5))
+    check_features(features_fake, ref_moments.dim, "generated features")
+    features, count = features_fake.detach().cpu(), len(features_fake)
+    if count < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 samples, got {count}")
+    moments, mean2, cov2 = Moments.of(features), ref_moments.mean, ref_moments.cov
+    mean1, cov1 = moments.mean, moments.cov
+    if count <= ref_moments.dim:
+        coupling = _coupling_of_few(features, mean1, cov2)
+    else:
+        coupling = _coupling_of_many(features, mean1, cov1, matrix_root(cov2) if ref_root is None else ref_root)
+    own = [x.square().sum(dim=1) + 2 * x @ (mean1 - mean2) for x in _centred(features, mean1)]
+    se = (torch.cat(own) - coupling.transported).std() / count**0.5
+    curvature = coupling.curvature
+    bias = None if curvature is None else float(cov1.trace() + curvature / 2) / count
+    return FidResult(_distance(mean1, cov1, mean2, cov2, coupling.trace), float(se), bias)
+
+
+class _Coupling(NamedTuple):
+    """What the term 2 tr (Σ₂^½ Σ₁ Σ₂^½)^½ needs: half of it, x̃ᵀTx̃ (N,), and the mean second derivative's sum over ij."""
+
+    trace: float
+    transported: Tensor
+    curvature: float | None
+
+
+def _coupling_of_many(features: Tensor, mean: Tensor, cov1: Tensor, root2: Tensor) -> _Coupling:
+    eigenvalues, vectors = torch.linalg.eigh(_symmetric_product(cov1, root2))
+    _require_psd(eigenvalues, float(cov1.norm() * root2.norm() ** 2), "first")
+    roots, positive = _positive_roots(eigenvalues)
+    to_u = root2 @ vectors[:, positive]
+    transported, fourth = [], torch.zeros(len(roots), len(roots), dtype=torch.float64)
+    for x in _centred(features, mean):
+        squares = (x @ to_u).square()
+        transported.append(squares @ roots.reciprocal())
+        fourth += squares.T @ squares
+    h = fourth / len(features)
+    h.diagonal().sub_(((1 - 1 / len(features)) * eigenvalues[positive]).square())  # less the square of u²'s mean
+    curvature = (h / (torch.outer(roots, roots) * (roots[:, None] + roots))).sum()
+    return _Coupling(float(eigenvalues.clamp(min=0).sqrt().sum()), torch.cat(transported), float(curvature))
+
+
+def _coupling_of_few(features: Tensor, mean: Tensor, cov2: Tensor) -> _Coupling:
+    x = torch.cat(list(_centred(features, mean)))
+    product = x @ cov2 @ x.T / (len(x) - 1)
+    eigenvalues, vectors = torch.linalg.eigh((product + product.T) / 2)
+    _require_psd(eigenvalues, float(cov2.norm() * x.norm() ** 2) / (len(x) - 1), "second")
+    roots = eigenvalues.clamp(min=0).sqrt()
+    return _Coupling(float(roots.sum()), (len(x) - 1) * (vectors.square() @ roots), None)
+
+
+def _centred(features: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    return (chunk.double() - mean for chunk in features.split(CHUNK))
+
+
+def _distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, trace: float) -> float:
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()) - 2 * trace
+
+
+def _symmetric_product(cov1: Tensor, root2: Tensor) -> Tensor:
+    product = root2 @ cov1 @ root2
+    return (product + product.T) / 2
+
+
+def _positive_roots(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+    """The roots of the positive eigenvalues, and which these are.
+
+    Numerical rank as in torch.linalg.matrix_rank: what is below is a zero of the exact product, left out of its inverse.
+    """
+    positive = eigenvalues > eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(torch.float64).eps
+    return eigenvalues[positive].sqrt(), positive
 
 
 def _gaussian(mean: Tensor, cov: Tensor, which: str) -> tuple[Tensor, Tensor]:
@@ -89,14 +182,6 @@ def _gaussian(mean: Tensor, cov: Tensor, which: str) -> tuple[Tensor, Tensor]:
     return mean, cov
 
 
-def _root(cov: Tensor, which: str) -> Tensor:
-    """The symmetric positive semi-definite square root."""
-    eigenvalues, vectors = torch.linalg.eigh(cov)
-    _require_psd(eigenvalues, cov, cov, which)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-
-
-def _require_psd(eigenvalues: Tensor, cov1: Tensor, cov2: Tensor, which: str) -> None:
-    scale = float(cov1.norm() if cov1 is cov2 else cov1.norm() * cov2.norm())
+def _require_psd(eigenvalues: Tensor, scale: float, which: str) -> None:
     if float(eigenvalues.min()) < -1e-7 * scale:  # float32 covariances are allowed their rounding
         raise ValueError(f"{which} Gaussian: its covariance has the negative eigenvalue {float(eigenvalues.min()):.3g}")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Precision and recall of the k-nearest-neighbour manifolds, and the kernel distance (KID): exact, in bounded memory."""
+"""Precision, recall, density, coverage and KID: exact, in one pass over blocks of pairs, in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scm_core.evaluate.moments import checked_features
+from scm_core.evaluate.neighbours import Balls, Nearest
+from scm_core.evaluate.pairs import Block, Points, blocks
 
-BLOCK_ELEMENTS = 2**23  # entries of one block of a distance or kernel matrix: 64 MiB in float64
+KERNEL_ROWS = 128  # rows of a block that are taken to float64 at a time: they stay in the cache
 
 
 class PrecisionRecall(NamedTuple):
@@ -21,20 +21,154 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Return improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1–2) of features real (M, D) and fake (N, D).
+class ManifoldMetrics(NamedTuple):
+    """`PrecisionRecall`, density (≥ 0, 1 for equal distributions), coverage (in [0, 1]) and the squared kernel distance."""
 
-    A set's manifold is the union of balls around its points, each reaching to the k-th nearest other point of the set,
-    boundary included. Raises `ValueError` for k < 1, sets of ≤ k points, unequal D or features that are not finite.
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    kid: float
+
+
+class FeatureSet(Points):
+    """Features (N, D) with what the metrics need of this set alone, each computed once: keep a reference as one.
+
+    Arguments and errors are those of `Points`.
     """
-    real, fake = _pair(real, fake)
-    if k < 1:
-        raise ValueError(f"k must be ≥ 1, got {k}")
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall need more than k = {k} samples, got {len(real)} and {len(fake)}")
-    precision = _fraction_inside(fake, real, _squared_radii(real, k))
-    recall = _fraction_inside(real, fake, _squared_radii(fake, k))
-    return PrecisionRecall(precision, recall)
+
+    def __init__(self, features: Tensor, shift: Tensor | None = None, what: str = "features") -> None:
+        super().__init__(features, shift, what)
+        self._nearest: Tensor | None = None
+        self._kernel_mean: float | None = None
+
+    @classmethod
+    def given(cls, features: Tensor, shift: Tensor, nearest: Tensor, kernel_mean: float) -> FeatureSet:
+        """Return the set of features (N, D) whose `nearest` (N, K) and, for this shift, `kernel_mean` are known."""
+        points = cls(features, shift)
+        points._nearest, points._kernel_mean = nearest.to(features.device), kernel_mean
+        return points
+
+    def to(self, device: torch.device | str) -> FeatureSet:
+        """Return the set with its features on `device`, and what is known of it."""
+        moved = FeatureSet(self.features.to(device), self.shift)
+        moved._nearest = None if self._nearest is None else self._nearest.to(device)
+        moved._kernel_mean = self._kernel_mean
+        return moved
+
+    def prepare(self, neighbours: int, kernel: bool = True, side: int | None = None) -> None:
+        """Compute `nearest(neighbours)` and, with `kernel`, `kernel_mean` in one pass over all pairs, unless known."""
+        known = 0 if self._nearest is None else self._nearest.shape[1]
+        nearest = Nearest(self, neighbours) if neighbours > known else None
+        mean = KernelMean(self, self) if kernel and self._kernel_mean is None else None
+        if nearest is None and mean is None:
+            return
+        for block in blocks(self, self, side):
+            if mean is not None:
+                mean.add(block)
+            if nearest is not None:
+                nearest.add(block)
+        if nearest is not None:
+            self._nearest = nearest.result()
+        if mean is not None:
+            self._kernel_mean = mean.value()
+
+    def nearest(self, count: int) -> Tensor:
+        """Return the squared distances (N, count) to the nearest others, ascending, in float64; `ValueError` for
+        N ≤ count.
+        """
+        self.prepare(count, kernel=False)
+        assert self._nearest is not None
+        return self._nearest[:, :count]
+
+    @property
+    def kernel_mean(self) -> float:
+        """Mean of KID's kernel over pairs of different features, as `KernelMean` counts it."""
+        self.prepare(0)
+        assert self._kernel_mean is not None
+        return self._kernel_mean
+
+
+class KernelMean:
+    """The mean of KID's kernel k(x, y) = (x·y/D + 1)³ over pairs, less a constant that cancels in KID.
+
+    x·y/D + 1 is c + δ with c = 1 + |shift|²/D and δ = (x̃·ỹ + shift·(x̃ + ỹ))/D in shifted features, so that
+    k − c³ = 3c²δ + (3c + δ)δ². The sum of δ is a product of sums, which float64 has at once. Only the rest needs every
+    pair, and there float32's error of δ comes times δ. Of a set with itself, pairs of different features count.
+    """
+
+    def __init__(self, a: Points, b: Points) -> None:
+        self.dim, self.constant, self.curved = a.dim, 1 + float(a.shift @ a.shift) / a.dim, 0.0
+        if a is b:
+            self.pairs = a.count * (a.count - 1)
+            linear = a.total @ a.total - a.norms.sum() + 2 * (a.count - 1) * a.projections.sum()
+        else:
+            self.pairs = a.count * b.count
+            linear = a.total @ b.total + b.count * a.projections.sum() + a.count * b.projections.sum()
+        self.linear = float(linear) / a.dim
+
+    def add(self, block: Block) -> None:
+        """Take the pairs of a block."""
+        row = block.a.projections[block.rows, None] / self.dim
+        column = block.b.projections[block.columns] / self.dim
+        factor = 1 / (self.dim * block.scale**2)
+        curved = torch.zeros_like(row[0, 0])
+        for start in range(0, len(row), KERNEL_ROWS):
+            part = slice(start, start + KERNEL_ROWS)
+            delta = block.gram[part].to(torch.float64, copy=True).mul_(factor).add_(column).add_(row[part])
+            if block.diagonal:
+                delta.diagonal(start).zero_()
+            square = delta.square()
+            curved += delta.add_(3 * self.constant).mul_(square).sum()
+        self.curved += float(curved) * (2 if block.within and not block.diagonal else 1)
+
+    def value(self) -> float:
+        """The mean over all pairs."""
+        return (3 * self.constant**2 * self.linear + self.curved) / self.pairs
+
+
+def manifold_metrics(
+    real: Tensor | FeatureSet,
+    fake: Tensor,
+    k: int = 3,
+    device: torch.device | str | None = None,
+    side: int | None = None,
+) -> ManifoldMetrics:
+    """Return precision, recall, density, coverage and KID of features real (M, D) and fake (N, D).
+
+    Precision and recall: Kynkäänniemi et al. 2019, Eq. 1–2. Density and coverage: Naeem et al. 2020, Eq. 4–5. KID: see
+    `kid`. Balls reach to the k-th nearest other point of the own set, boundary included. Decisions are those of float64,
+    KID has the rounding of products in float32 (float64 for features in float64, and for few). A `FeatureSet` as `real` keeps what
+    depends on it alone. Runs on `device`, by default that of the real features; beside the features, memory holds a few
+    blocks of `side`² pairs and O(N + M) numbers. Raises `ValueError` for k < 1, sets of ≤ k points, unequal D or
+    features that are not finite.
+    """
+    real, other = _pair(real, fake, device)
+    _require_neighbours(real, other, k)
+    real.prepare(k, side=side)
+    other.prepare(k, side=side)
+    balls = Balls(other, real, other.nearest(k)[:, -1], real.nearest(k)[:, -1])
+    cross = KernelMean(other, real)
+    for block in blocks(other, real, side):
+        cross.add(block)
+        balls.add(block)
+    return ManifoldMetrics(
+        precision=int((balls.holders > 0).sum()) / other.count,
+        recall=int(balls.recalled.sum()) / real.count,
+        density=int(balls.holders.sum()) / (k * other.count),
+        coverage=int(balls.covered.sum()) / real.count,
+        kid=real.kernel_mean + other.kernel_mean - 2 * cross.value(),
+    )
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+    """Return improved precision and recall alone; see `manifold_metrics`."""
+    known, other = _pair(real, fake)
+    _require_neighbours(known, other, k)
+    balls = Balls(other, known, other.nearest(k)[:, -1], known.nearest(k)[:, -1])
+    for block in blocks(other, known):
+        balls.add(block)
+    return PrecisionRecall(int((balls.holders > 0).sum()) / other.count, int(balls.recalled.sum()) / known.count)
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
@@ -43,61 +177,25 @@ def kid(real: Tensor, fake: Tensor) -> float:
     The full U-statistic over features real (M, D) and fake (N, D), without subsets; it can be slightly negative.
     Raises `ValueError` for sets of less than two samples, unequal D or features that are not finite.
     """
-    real, fake = _pair(real, fake)
-    if min(len(real), len(fake)) < 2:
-        raise ValueError(f"KID needs at least 2 samples of each, got {len(real)} and {len(fake)}")
-    cross = _kernel_sum(real, fake) / (len(real) * len(fake))
-    return _mean_off_diagonal(real) + _mean_off_diagonal(fake) - 2 * cross
+    known, other = _pair(real, fake)
+    cross = KernelMean(other, known)
+    for block in blocks(other, known):
+        cross.add(block)
+    return known.kernel_mean + other.kernel_mean - 2 * cross.value()
 
 
-def _pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    real = checked_features(real, what="real features")
-    return real, checked_features(fake, real.shape[1], "generated features")
+def _pair(
+    real: Tensor | FeatureSet, fake: Tensor, device: torch.device | str | None = None
+) -> tuple[FeatureSet, FeatureSet]:
+    if not isinstance(real, FeatureSet):
+        real = FeatureSet(real if device is None else real.to(device), what="real features")
+    elif device is not None and torch.device(device) != real.features.device:
+        real = real.to(device)
+    return real, FeatureSet(fake.to(real.features.device), real.shift, "generated features")
 
 
-def _blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Chunks of `rows`, each with its first index, whose matrix against all columns has at most BLOCK_ELEMENTS entries."""
-    size = max(1, BLOCK_ELEMENTS // len(columns))
-    for start in range(0, len(rows), size):
-        yield start, rows[start : start + size]
-
-
-def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
-    return torch.addmm(squares, rows, columns.T, alpha=-2)
-
-
-def _squared_radii(points: Tensor, k: int) -> Tensor:
-    """Squared distance (N,) of each point to its k-th nearest other point."""
-    radii = []
-    for start, rows in _blocks(points, points):
-        distances = _squared_distances(rows, points)
-        index = torch.arange(len(rows), device=points.device)
-        distances[index, index + start] = torch.inf
-        radii.append(distances.topk(k, largest=False).values[:, -1])
-    return torch.cat(radii)
-
-
-def _fraction_inside(queries: Tensor, centres: Tensor, squared_radii: Tensor) -> float:
-    # |a|² + |b|² − 2a·b is off by at most this much, so equal distances (duplicates, lattices) count as inside, as ≤
-    # says.
-    norms = max(float(queries.square().sum(dim=1).max()), float(centres.square().sum(dim=1).max()))
-    slack = 8 * queries.shape[1] * torch.finfo(queries.dtype).eps * norms
-    inside = 0
-    for _, rows in _blocks(queries, centres):
-        inside += int((_squared_distances(rows, centres) <= squared_radii + slack).any(dim=1).sum())
-    return inside / len(queries)
-
-
-def _kernel(rows: Tensor, columns: Tensor) -> Tensor:
-    base = (rows @ columns.T).div_(rows.shape[1]).add_(1)
-    return base * base * base
-
-
-def _kernel_sum(a: Tensor, b: Tensor) -> float:
-    return sum(float(_kernel(rows, b).sum()) for _, rows in _blocks(a, b))
-
-
-def _mean_off_diagonal(points: Tensor) -> float:
-    diagonal = (points.square().sum(dim=1) / points.shape[1] + 1) ** 3
-    return (_kernel_sum(points, points) - float(diagonal.sum())) / (len(points) * (len(points) - 1))
+def _require_neighbours(real: FeatureSet, fake: FeatureSet, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be ≥ 1, got {k}")
+    if min(real.count, fake.count) <= k:
+        raise ValueError(f"k-th neighbours need more than k = {k} samples of each, got {real.count} and {fake.count}")

@@ -3,22 +3,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 from torch import Tensor
 
+CHUNK = 2048  # rows that are converted to float64 at a time
 
-def checked_features(features: Tensor, dim: int | None = None, what: str = "features") -> Tensor:
-    """Return `features` as float64; `ValueError` unless they are finite, floating point and of shape (N, D), D = `dim`
-    if given.
-    """
+
+def check_features(features: Tensor, dim: int | None = None, what: str = "features") -> None:
+    """Raise `ValueError` unless `features` are finite, floating point and of shape (N, D), D = `dim` if given."""
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
             f"{what} must be floating point of shape (N, D), got {features.dtype} of shape {tuple(features.shape)}"
         )
     if dim is not None and features.shape[1] != dim:
         raise ValueError(f"{what} must have {dim} dimensions, got {features.shape[1]}")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError(f"{what} hold NaN or infinite values")
+    if features.numel() == 0:
+        return
+    low, high = torch.aminmax(features.detach())  # NaN if there is one; no copy of the features, as isfinite makes
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~torch.isfinite(features)).any(dim=1).sum())
+        raise ValueError(f"{what} hold NaN or infinite values in {bad} of {len(features)} rows")
+
+
+def checked_features(features: Tensor, dim: int | None = None, what: str = "features") -> Tensor:
+    """Return `features` (N, D) as float64; errors as `check_features`."""
+    check_features(features, dim, what)
     return features.detach().double()
 
 
@@ -26,7 +38,8 @@ class Moments:
     """Running mean and unbiased covariance in float64, of features (N, dim).
 
     Keeps count, mean and the scatter matrix around the mean, combined pairwise (Chan, Golub & LeVeque 1983), so that
-    batches or shards merge without cancellation, in any order, to rounding.
+    batches or shards merge without cancellation, in any order, to rounding. The same chunks combined in the same order
+    (`of`, `of_chunks`, `merged`) give the same bits, whichever process made which.
     """
 
     def __init__(self, dim: int) -> None:
@@ -39,10 +52,33 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Return the moments of features (N, D)."""
-        moments = cls(features.shape[-1])
-        moments.update(features)
+        """Return the moments of features (N, D), which are taken in chunks of `CHUNK` rows."""
+        if features.ndim != 2:
+            raise ValueError(f"features must be floating point of shape (N, D), got shape {tuple(features.shape)}")
+        return cls.of_chunks(features.split(CHUNK))
+
+    @classmethod
+    def of_chunks(cls, chunks: Iterable[Tensor]) -> Moments:
+        """Return the moments of all features of `chunks`, each (N_i, D), combined in their order.
+
+        Bitwise equal to `merged` of each chunk's `of`, if no chunk has more than `CHUNK` rows. `ValueError` for no chunks.
+        """
+        moments: Moments | None = None
+        for chunk in chunks:
+            if moments is None:
+                moments = cls(chunk.shape[-1])
+            moments.update(chunk)
+        if moments is None:
+            raise ValueError("Moments: no chunks to take moments of")
         return moments
+
+    @classmethod
+    def merged(cls, parts: Iterable[Moments]) -> Moments:
+        """Return the moments of all `parts` together, combined in their order; `ValueError` for none."""
+        parts = list(parts)
+        if not parts:
+            raise ValueError("Moments: no parts to merge")
+        return reduce(cls.merge, parts, cls(parts[0].dim))
 
     @classmethod
     def given(cls, mean: Tensor, cov: Tensor, count: int) -> Moments:

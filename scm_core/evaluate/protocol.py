@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,27 +19,44 @@ from torch import Tensor
 from scm_core.data.arrays import file_digest
 from scm_core.data.images import to_uint8
 from scm_core.data.sources import ImageSet
-from scm_core.evaluate.frechet import frechet_with_error
-from scm_core.evaluate.manifold import precision_recall
-from scm_core.evaluate.moments import Moments, checked_features
+from scm_core.evaluate.frechet import frechet_with_error, matrix_root
+from scm_core.evaluate.manifold import FeatureSet, manifold_metrics
+from scm_core.evaluate.moments import Moments, check_features
 
 if TYPE_CHECKING:  # extractors imports torch_fidelity, which takes seconds and is needed by few
     from scm_core.evaluate.extractors import Extractor, ExtractorIdentity
 
-__all__ = ["Evaluation", "Reference", "evaluate", "extract", "load_reference", "make_reference", "to_uint8"]
+__all__ = ["Evaluation", "Prepared", "Reference", "evaluate", "extract", "load_reference", "make_reference", "to_uint8"]
 
-FORMAT = "scm-reference-1"
+FORMAT = "scm-reference-2"
 TENSORS, INDEX = "reference.safetensors", "reference.json"
 
 
 class Evaluation(NamedTuple):
-    """Fréchet distance with its standard error, precision and recall of `samples` generated images against a reference."""
+    """All metrics of `samples` generated images against a reference; FID with its standard error and, where it is known, bias.
+
+    See `frechet.frechet_with_error` and `manifold.manifold_metrics`.
+    """
 
     fid: float
     fid_se: float
+    fid_bias: float | None
     precision: float
     recall: float
+    density: float
+    coverage: float
+    kid: float
     samples: int
+
+
+class Prepared(NamedTuple):
+    """What comparisons need of a reference alone: `root` (D, D) of its covariance, and of its `FeatureSet` `nearest`
+    (N, K) for neighbours up to the K-th and `kernel_mean`. Tensors in float64.
+    """
+
+    root: Tensor
+    nearest: Tensor
+    kernel_mean: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,8 @@ class Reference:
     """What generated features are compared with.
 
     `features` (N, D) float32, their `mean` (D,) and unbiased `cov` (D, D) in float64; `dataset`, `dataset_sha256` name
-    the image set; `extractor`, `layer`, `weights_sha256` the network.
+    the image set; `extractor`, `layer`, `weights_sha256`, `preprocessing` and `dtype` the network. What is not
+    `prepared` is computed by the first evaluation and kept in memory.
     """
 
     features: Tensor
@@ -56,6 +76,9 @@ class Reference:
     extractor: str
     layer: str
     weights_sha256: str
+    preprocessing: str = "none"
+    dtype: str = "float32"
+    prepared: Prepared | None = None
 
     def __post_init__(self) -> None:
         dim = self.features.shape[-1]
@@ -71,6 +94,15 @@ class Reference:
             )
         if self.mean.dtype != torch.float64 or self.cov.dtype != torch.float64:
             raise ValueError(f"reference of {self.dataset}: mean and cov must be float64")
+        ready = self.prepared
+        if ready is not None and (
+            (ready.root.shape, ready.nearest.shape[:1]) != (self.cov.shape, self.features.shape[:1])
+            or (ready.root.dtype, ready.nearest.dtype) != (torch.float64, torch.float64)
+        ):
+            raise ValueError(
+                f"reference of {self.dataset}: root (D, D) and nearest (N, K) must be float64 of its N and D, got "
+                f"{tuple(ready.root.shape)} {ready.root.dtype}, {tuple(ready.nearest.shape)} {ready.nearest.dtype}"
+            )
 
     @property
     def count(self) -> int:
@@ -78,9 +110,47 @@ class Reference:
         return len(self.features)
 
     @property
+    def key(self) -> str:
+        """SHA-256 over what its features depend on: images, their number, network."""
+        named = {name: getattr(self, name) for name in _IDENTITY if name != "dataset"}
+        return hashlib.sha256(json.dumps({**named, "count": self.count}, sort_keys=True).encode()).hexdigest()
+
+    @property
     def moments(self) -> Moments:
         """Mean and covariance as `Moments`."""
         return Moments.given(self.mean, self.cov, self.count)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Symmetric root (D, D) of the covariance."""
+        return matrix_root(self.cov) if self.prepared is None else self.prepared.root
+
+    @cached_property
+    def _on_devices(self) -> dict[torch.device, FeatureSet]:
+        return {}
+
+    def feature_set(self, device: torch.device | str | None = None) -> FeatureSet:
+        """Return the features on `device` (by default where they are) with what is known of them; the same one each time."""
+        place = torch.empty(0, device=self.features.device if device is None else device).device  # "cuda" is cuda:0
+        if place not in self._on_devices:
+            features = self.features.to(place)
+            self._on_devices[place] = (
+                FeatureSet(features, self.mean, "reference features")
+                if self.prepared is None
+                else FeatureSet.given(features, self.mean, self.prepared.nearest, self.prepared.kernel_mean)
+            )
+        return self._on_devices[place]
+
+    def prepare(self, neighbours: int = 5, device: torch.device | str | None = None) -> Reference:
+        """Return the reference with all that evaluations need of it alone: `save` then keeps it, too.
+
+        For neighbours up to `neighbours`, or all there are. Costs a pass over all pairs of its features, on `device`.
+        """
+        features = self.feature_set(device)
+        count = min(neighbours, self.count - 1)
+        features.prepare(count)
+        ready = Prepared(self.root, features.nearest(count).cpu().contiguous(), features.kernel_mean)
+        return replace(self, prepared=ready)
 
     def require(self, identity: ExtractorIdentity | None = None, dataset: str | None = None) -> None:
         """Raise `ValueError` unless this is a reference of `dataset` made with the extractor `identity` (each checked
@@ -99,21 +169,28 @@ class Reference:
                 f"the reference was made with other weights of {self.extractor} (SHA-256 {self.weights_sha256[:12]}…, "
                 f"now {identity.weights_sha256[:12]}…): make it again"
             )
+        for name in ("preprocessing", "dtype"):
+            here, now = getattr(self, name), getattr(identity, name)
+            if here != now:
+                raise ValueError(f"the reference was made with {name} {here!r}, now {now!r}: make it again")
 
     def save(self, folder: str | Path) -> None:
-        """Write reference.safetensors (features, mean, cov) and, last, reference.json (identities, N, digest) to
-        `folder`.
+        """Write reference.safetensors (features, mean, cov, what is prepared) and, last, reference.json (identities, N,
+        digest) to `folder`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in ("features", "mean", "cov")}
-        save_file(tensors, str(folder / TENSORS))
         index = {name: getattr(self, name) for name in _IDENTITY}
+        if self.prepared is not None:
+            tensors |= {"root": self.prepared.root.contiguous(), "nearest": self.prepared.nearest.contiguous()}
+            index["kernel_mean"] = self.prepared.kernel_mean
+        save_file(tensors, str(folder / TENSORS))
         index |= {"format": FORMAT, "count": self.count, "sha256": file_digest(folder / TENSORS)}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
-_IDENTITY = ("dataset", "dataset_sha256", "extractor", "layer", "weights_sha256")
+_IDENTITY = ("dataset", "dataset_sha256", "extractor", "layer", "weights_sha256", "preprocessing", "dtype")
 
 
 def load_reference(
@@ -132,12 +209,12 @@ def load_reference(
         index = json.loads(index_path.read_text())
     except ValueError as error:
         raise ValueError(f"{index_path} is corrupt ({error}): make the reference again") from error
-    if (
-        not isinstance(index, dict)
-        or index.get("format") != FORMAT
-        or not {*_IDENTITY, "count", "sha256"} <= set(index)
-    ):
-        raise ValueError(f"{index_path} is not an index of format {FORMAT}: make the reference again")
+    found = index.get("format") if isinstance(index, dict) else None
+    if found != FORMAT or not {*_IDENTITY, "count", "sha256"} <= set(index):
+        raise ValueError(
+            f"{index_path} is not an index of format {FORMAT} (it says {found!r}): make the reference again, with the stage "
+            "`reference` or `make_reference(…).prepare().save(folder)`"
+        )
     if file_digest(tensors_path) != index["sha256"]:
         raise ValueError(f"{tensors_path} is truncated or corrupt (its SHA-256 is not {INDEX}'s): make it again")
     try:
@@ -146,11 +223,10 @@ def load_reference(
             features=tensors["features"],
             mean=tensors["mean"],
             cov=tensors["cov"],
-            dataset=index["dataset"],
-            dataset_sha256=index["dataset_sha256"],
-            extractor=index["extractor"],
-            layer=index["layer"],
-            weights_sha256=index["weights_sha256"],
+            **{name: index[name] for name in _IDENTITY},
+            prepared=Prepared(tensors["root"], tensors["nearest"], float(index["kernel_mean"]))
+            if "kernel_mean" in index
+            else None,
         )
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{tensors_path} is no reference ({error}): make it again") from error
@@ -171,30 +247,51 @@ def extract(extractor: Callable[[Tensor], Tensor], images: Tensor, batch: int = 
     if batch < 1:
         raise ValueError(f"batch must be ≥ 1, got {batch}")
     features = torch.cat([extractor(chunk).float().cpu() for chunk in images.split(batch)])
-    checked_features(features, what="extracted features")
+    check_features(features, what="extracted features")
     return features
 
 
 def make_reference(extractor: Extractor, image_set: ImageSet, batch: int = 500) -> Reference:
     """Return the reference of an image set: its features, their moments, and the identities of both."""
     features = extract(extractor, image_set.images, batch)
+    return reference_of(features, image_set.name, image_set.digest, extractor.identity)
+
+
+def reference_of(features: Tensor, dataset: str, dataset_sha256: str, identity: ExtractorIdentity) -> Reference:
+    """Return the reference of features (N, D) float32 of the image set `dataset` that an extractor of that identity has made."""
     moments = Moments.of(features)
     return Reference(
         features=features,
         mean=moments.mean,
         cov=moments.cov,
-        dataset=image_set.name,
-        dataset_sha256=image_set.digest,
-        extractor=extractor.identity.name,
-        layer=extractor.identity.layer,
-        weights_sha256=extractor.identity.weights_sha256,
+        dataset=dataset,
+        dataset_sha256=dataset_sha256,
+        extractor=identity.name,
+        layer=identity.layer,
+        weights_sha256=identity.weights_sha256,
+        preprocessing=identity.preprocessing,
+        dtype=identity.dtype,
     )
 
 
-def evaluate(features_fake: Tensor, reference: Reference, neighbours: int = 3) -> Evaluation:
-    """Return FID ± SE, precision and recall (k = `neighbours`) of generated features (N, D); the extractor must be the
-    reference's.
+def evaluate(
+    features_fake: Tensor,
+    reference: Reference,
+    neighbours: int = 3,
+    expected: int | None = None,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Return every metric of generated features (N, D), made with the reference's extractor; k = `neighbours`.
+
+    `expected` is the N that there must be, as all metrics depend on it. Pairs are computed on `device`, by default
+    where the reference is; FID on the CPU, in float64. Raises `ValueError` for another N, another D, or features that
+    are not finite.
     """
-    fid = frechet_with_error(features_fake, reference.moments)
-    manifold = precision_recall(reference.features, features_fake, neighbours)
-    return Evaluation(fid.value, fid.se, manifold.precision, manifold.recall, len(features_fake))
+    check_features(features_fake, reference.features.shape[1], "generated features")
+    count = len(features_fake)
+    if expected is not None and count != expected:
+        raise ValueError(f"{count} generated samples, expected {expected}: metrics of other numbers do not compare")
+    # With few samples the distance needs no root of the reference.
+    fid = frechet_with_error(features_fake, reference.moments, reference.root if count > len(reference.mean) else None)
+    manifold = manifold_metrics(reference.feature_set(device), features_fake, neighbours)
+    return Evaluation(fid.value, fid.se, fid.bias, *manifold, samples=count)

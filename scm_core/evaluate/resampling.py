@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def grouped_jackknife(
     if not 2 <= groups <= len(samples):
         raise ValueError(f"groups: expected 2 to {len(samples)}, the number of samples, got {groups}")
     edges = [round(g * len(samples) / groups) for g in range(groups + 1)]
-    left = [torch.cat([samples[:start], samples[end:]]) for start, end in zip(edges, edges[1:], strict=False)]
+    left = [torch.cat([samples[:start], samples[end:]]) for start, end in pairwise(edges)]
     table = torch.tensor([[float(value) for value in statistic(part)] for part in left], dtype=torch.float64)
     variance = (groups - 1) / groups * (table - table.mean(dim=0)).square().sum(dim=0)
     return tuple(variance.sqrt().tolist())

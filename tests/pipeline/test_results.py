@@ -55,7 +55,7 @@ def test_what_is_the_same_in_all_rows_stands_above_them_and_sets_have_their_spre
     assert lines[0].split() == ["0", "1.0000", "0.1000"]
     # mean 2.5; deviations -1.5, -0.5, 2 give a variance of 6.5/2
     assert "2.5" in lines[-1]
-    assert "1.80" in lines[-1]
+    assert "2.5 ± 1.8" in lines[-1]
     assert "minimum" in lines[-1]
 
 

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Fréchet distance, its error and the moments, against closed forms, torch-fidelity and Monte Carlo."""
+"""The Fréchet distance, its error, its bias and the moments, against closed forms, torch-fidelity and Monte Carlo."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from scm_core.compat import prepare_torchvision
 from scm_core.evaluate import Moments, frechet_distance, frechet_with_error
-from scm_core.evaluate.frechet import FidResult, transport_map
+from scm_core.evaluate import moments as moments_module
+from scm_core.evaluate.frechet import FidResult, matrix_root, trace_term, transport_map
 
 prepare_torchvision()
 
@@ -77,7 +83,37 @@ def test_fewer_samples_than_dimensions() -> None:
     nuclear = torch.linalg.svdvals(one @ two.T / (19 * 39) ** 0.5).sum()
     traces = one.square().sum() / 19 + two.square().sum() / 39
     expected = float((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * nuclear)
-    assert frechet_with_error(a, Moments.of(b)).value == pytest.approx(expected, rel=1e-6)
+    result = frechet_with_error(a, Moments.of(b))
+    assert result.value == pytest.approx(expected, rel=1e-8)
+    assert (result.bias, result.corrected) == (None, None)
+
+
+@pytest.mark.parametrize("rank", [None, 10])
+def test_few_samples_give_what_the_covariances_give(rank: int | None) -> None:
+    """The N×N matrix and the D×D product agree, in the distance and in what each sample adds to it."""
+    reference = Moments.given(normal(48, seed=5), random_cov(48, 6, rank), 1000)
+    features = normal(30, 48, seed=7) @ random_cov(48, 8)
+    moments = Moments.of(features)
+    mean, cov = moments.mean, moments.cov
+    few = frechet_with_error(features, reference)
+    many = frechet_distance(mean, cov, reference.mean, reference.cov)
+    assert few.value == pytest.approx(many, rel=1e-6)
+    x = features - mean
+    influence = 2 * x @ (mean - reference.mean) + (x * (x - x @ transport_map(cov, reference.cov))).sum(dim=1)
+    assert few.se == pytest.approx(float(influence.std()) / 30**0.5, rel=1e-6)
+
+
+def test_the_roots_of_a_reference_are_used() -> None:
+    one, two, features = random_cov(12, 0), random_cov(12, 1), normal(100, 12, seed=2)
+    root = matrix_root(two)
+    torch.testing.assert_close(root @ root, two, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(root, root.T, rtol=0, atol=1e-14)
+    eigenvalues = torch.linalg.eigvals(one @ two)
+    assert trace_term(one, root) == pytest.approx(float(eigenvalues.real.sqrt().sum()), rel=1e-12)
+    reference = Moments.given(torch.zeros(12).double(), two, 1000)
+    assert frechet_with_error(features, reference, root) == frechet_with_error(features, reference)
+    wrong = frechet_with_error(features, reference, 2 * root)
+    assert wrong.value != pytest.approx(frechet_with_error(features, reference).value)
 
 
 def test_finite_sample_bias_of_equal_gaussians() -> None:
@@ -89,19 +125,129 @@ def test_finite_sample_bias_of_equal_gaussians() -> None:
     assert abs(float(values.mean()) - expected) < 4 * float(values.std()) / repeats**0.5 + 0.02 * expected
 
 
-@pytest.mark.parametrize("kind", ["normal", "skewed", "distant mean", "singular reference", "singular samples"])
-def test_standard_error_is_the_spread_over_repetitions(kind: str) -> None:
-    dim, count, repeats = 6, 400, 400
-    mixing = random_cov(dim, 7, rank=3 if kind == "singular samples" else None)
-    mean = torch.full((dim,), 3.0 if kind == "distant mean" else 0.3)
-    reference = Moments.given(mean, random_cov(dim, 8, rank=3 if "reference" in kind else None), 10**9)
-    results = []
-    for seed in range(repeats):
-        z = normal(count, dim, seed=seed)
-        results.append(frechet_with_error((z.exp() if kind == "skewed" else z) @ mixing, reference))
-    truth = float(torch.tensor([r.value for r in results]).std())  # itself known to 1/√(2·400) = 3.5%
+def test_the_bias_of_a_full_factorial_design() -> None:
+    """All of {−1, 1}^D: u_i² = 1, so that h_ij² is 1 off the diagonal and 0 on it, and every eigenvalue is N/(N − 1)."""
+    dim, count = 5, 32
+    features = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=dim)), dtype=torch.float64)
+    a = count / (count - 1)
+    expected = dim * a / count + dim * (dim - 1) / (2 * a**1.5) / (2 * count)
+    reference = Moments.given(torch.zeros(dim).double(), torch.eye(dim).double(), 10**9)
+    assert frechet_with_error(features, reference).bias == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_bias_of_equal_gaussians() -> None:
+    """D/N + D(D + 1)/(4N), from the samples' own fourth moments."""
+    dim, count = 6, 40_000
+    reference = Moments.given(torch.zeros(dim).double(), torch.eye(dim).double(), 10**9)
+    result = frechet_with_error(normal(count, dim, seed=0), reference)
+    assert result.bias == pytest.approx(dim / count + dim * (dim + 1) / (4 * count), rel=0.02)
+    assert result.corrected == result.value - result.bias
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_bias_is_the_mean_second_derivative(rank: int | None) -> None:
+    """Towards sample n the covariance moves by x̃x̃ᵀ − Σ: second differences of d². What the mean adds is tr Σ/N."""
+    features = (normal(40, 4, seed=0) / 2).exp() @ random_cov(4, 1)
+    reference = Moments.given(normal(4, seed=2), random_cov(4, 3, rank), 10**9)
+    moments = Moments.of(features)
+    mean, cov = moments.mean, moments.cov
+    x = features - mean
+    biased = x.T @ x / 40
+
+    def towards(n: int, step: float) -> float:
+        return frechet_distance(mean, cov + step * (torch.outer(x[n], x[n]) - biased), reference.mean, reference.cov)
+
+    step = 2e-3  # a zero eigenvalue comes as the root of a rounding error, 1e-8, into differences of step²
+    second = [(towards(n, step) - 2 * towards(n, 0) + towards(n, -step)) / step**2 for n in range(40)]
+    expected = float(cov.trace()) / 40 + sum(second) / 40 / (2 * 40)
+    assert frechet_with_error(features, reference).bias == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_bias_approaches_the_delete_one_jackknifes() -> None:
+    """(N − 1)(mean of d² without sample i − d²), from which it differs by a term of the next order in 1/N."""
+    reference = Moments.given(normal(3, seed=2), random_cov(3, 3), 10**9)
+    errors = []
+    for count in (100, 400, 1600):
+        features = normal(count, 3, seed=0) @ random_cov(3, 1)
+        whole = frechet_with_error(features, reference)
+        left = Moments.of(features)
+        without = []
+        for x in features - left.mean:  # leaving one out is a change of rank one
+            cov = (left.cov * (count - 1) - torch.outer(x, x) * count / (count - 1)) / (count - 2)
+            without.append(frechet_distance(left.mean - x / (count - 1), cov, reference.mean, reference.cov))
+        jackknife = (count - 1) * (sum(without) / count - whole.value)
+        errors.append(abs(whole.bias / jackknife - 1))
+    assert errors[0] < 0.1
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
+
+
+KINDS = ["normal", "skewed", "distant mean", "singular reference", "singular samples"]
+
+
+class Repetitions(NamedTuple):
+    """Results of many sets of samples of one distribution, and how far each is off beside the first-order fluctuation."""
+
+    results: list[FidResult]
+    excess: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def repetitions() -> Callable[[str], Repetitions]:
+    """The repetitions (N/D = 40) of a kind. Their first-order fluctuation, the mean of the true influence, is known."""
+    dim, count, repeats = 6, 240, 1500
+    kept: dict[str, Repetitions] = {}
+
+    def of(kind: str) -> Repetitions:
+        if kind in kept:
+            return kept[kind]
+        mixing = random_cov(dim, 7, rank=3 if kind == "singular samples" else None)
+        mean = torch.full((dim,), 3.0 if kind == "distant mean" else 0.3, dtype=torch.float64)
+        reference = Moments.given(mean, random_cov(dim, 8, rank=3 if "reference" in kind else None), 10**9)
+        root = matrix_root(reference.cov)
+        z = normal(repeats, count, dim, seed=0)
+        if kind == "skewed":  # log-normal, standardised
+            z = ((z / 2).exp() - math.exp(1 / 8)) / (math.exp(1 / 4) * (math.exp(1 / 4) - 1)) ** 0.5
+        x, cov = z @ mixing, mixing.T @ mixing
+        slope = torch.eye(dim).double() - transport_map(cov, reference.cov)
+        influence = -2 * x @ mean + (x @ slope * x).sum(dim=-1) - (slope @ cov).trace()
+        results = [frechet_with_error(samples, reference, root) for samples in x]
+        values = torch.tensor([result.value for result in results], dtype=torch.float64)
+        truth = frechet_distance(torch.zeros(dim), cov, reference.mean, reference.cov)
+        kept[kind] = Repetitions(results, values - truth - influence.mean(dim=1))
+        return kept[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_standard_error_is_the_spread_over_repetitions(kind: str, repetitions: Callable[[str], Repetitions]) -> None:
+    results = repetitions(kind).results
+    truth = float(torch.tensor([r.value for r in results]).std())  # itself known to 1/√3000 = 2%
     claimed = float(torch.tensor([r.se for r in results]).square().mean().sqrt())
-    assert claimed == pytest.approx(truth, rel=0.15)
+    assert claimed == pytest.approx(truth, rel=0.10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bias_is_what_the_mean_over_repetitions_is_too_high(
+    kind: str, repetitions: Callable[[str], Repetitions]
+) -> None:
+    results, excess = repetitions(kind)
+    bias = float(torch.tensor([r.bias for r in results]).mean())
+    error = float(excess.std()) / len(results) ** 0.5
+    assert error < 0.05 * bias  # so that the next line says something
+    assert abs(float(excess.mean()) - bias) < 3 * error + 0.04 * bias  # N/D = 40: the next order is left
+
+
+def test_the_error_of_samples_of_the_reference_itself_is_an_upper_estimate() -> None:
+    """There d² is quadratic in the fluctuations, with the variance (2D + D(D + 1)/4)/N²; sd(IF)²/N has twice that."""
+    dim, count, repeats = 8, 400, 1000
+    reference = Moments.given(torch.zeros(dim).double(), torch.eye(dim).double(), 10**9)
+    results = [frechet_with_error(x, reference) for x in normal(repeats, count, dim, seed=0)]
+    spread = float(torch.tensor([r.value for r in results]).std())
+    claimed = float(torch.tensor([r.se for r in results]).square().mean().sqrt())
+    assert spread == pytest.approx((2 * dim + dim * (dim + 1) / 4) ** 0.5 / count, rel=0.1)
+    assert claimed / spread == pytest.approx(2**0.5, rel=0.1)
 
 
 def test_transport_map_moves_the_covariance() -> None:
@@ -129,6 +275,24 @@ def test_moments_equal_the_direct_formulae() -> None:
     assert moments.count == 300
     torch.testing.assert_close(moments.mean, x.mean(0), rtol=1e-13, atol=0)
     torch.testing.assert_close(moments.cov, torch.cov(x.T), rtol=1e-12, atol=1e-14)
+
+
+def test_the_same_chunks_give_the_same_bits() -> None:
+    """Whoever made a chunk's moments, and in whichever order they were made: combined in one order, they are the same."""
+    x = normal(5000, 16, seed=0, dtype=torch.float32) @ random_cov(16, 1).float() + 3
+    chunks = x.split(moments_module.CHUNK)
+    assert len(chunks) == 3
+    backwards = [Moments.of(chunk) for chunk in reversed(chunks)][::-1]
+    whole = Moments.of(x)
+    for same in (Moments.of_chunks(iter(chunks)), Moments.merged(backwards)):
+        assert same.count == 5000
+        assert torch.equal(same.mean, whole.mean)
+        assert torch.equal(same.cov, whole.cov)
+    other = Moments.merged(reversed(backwards))
+    assert float((other.cov - whole.cov).abs().max() / whole.cov.abs().max()) < 1e-13
+    for nothing in (Moments.of_chunks, Moments.merged):
+        with pytest.raises(ValueError, match="no "):
+            nothing([])
 
 
 def test_any_sharding_and_order_gives_the_same_covariance() -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Precision, recall and KID against brute force, torch-fidelity and cases whose answer is known."""
+"""Precision, recall, density, coverage and KID against brute force, torch-fidelity and cases whose answer is known."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from scm_core.compat import prepare_torchvision
-from scm_core.evaluate import kid, manifold, precision_recall
+from scm_core.evaluate import FeatureSet, kid, manifold, manifold_metrics, neighbours, pairs, precision_recall
 
 prepare_torchvision()
 
@@ -13,8 +15,12 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric  # noqa: E402
 
 
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def integers(*shape: int, seed: int, top: int) -> torch.Tensor:
+    return torch.randint(top, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def brute_force(real: torch.Tensor, fake: torch.Tensor, k: int) -> tuple[float, float]:
@@ -46,18 +52,164 @@ def test_precision_recall_agree_with_torch_fidelity() -> None:
     assert ours.precision != ours.recall
 
 
+def in_float64(real: torch.Tensor, fake: torch.Tensor, k: int) -> tuple[float, float, float, float]:
+    """Precision, recall, density, coverage from all differences, in float64."""
+    real, fake = real.double(), fake.double()
+
+    def squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(x - b).square().sum(dim=1) for x in a])
+
+    def radii(points: torch.Tensor) -> torch.Tensor:
+        return squared(points, points).sort(dim=1).values[:, k]  # [0] is the point itself
+
+    between = squared(fake, real)
+    in_real, in_fake = between <= radii(real), between <= radii(fake)[:, None]
+    return (
+        int(in_real.any(dim=1).sum()) / len(fake),
+        int(in_fake.any(dim=0).sum()) / len(real),
+        int(in_real.sum()) / (k * len(fake)),
+        int(in_real.any(dim=0).sum()) / len(real),
+    )
+
+
+def clusters(seed: int) -> torch.Tensor:
+    """Four tight clusters far apart: float32 products have larger errors than the distances within one are."""
+    centres = 100 * normal(4, 24, seed=99)
+    return (centres[torch.arange(160) % 4] + 1e-2 * normal(160, 24, seed=seed)).float()
+
+
+SETS: dict[str, Callable[[int], torch.Tensor]] = {
+    "normal": lambda seed: normal(170, 12, seed=seed, dtype=torch.float32) * (1 + 0.1 * seed),
+    "one dimension": lambda seed: normal(170, 1, seed=seed, dtype=torch.float32),
+    "many dimensions": lambda seed: (normal(120, 5, seed=seed) @ normal(5, 700, seed=9)).relu().float(),
+    "float64": lambda seed: normal(170, 6, seed=seed) + seed,
+    "half": lambda seed: normal(170, 6, seed=seed, dtype=torch.float16) + 0.5 * seed,
+    "lattice": lambda seed: integers(170, 3, seed=seed, top=5) + seed,
+    "lattice with many duplicates": lambda seed: integers(200, 2, seed=seed, top=4),
+    "lattice of tenths": lambda seed: integers(170, 4, seed=seed, top=4) * 0.1,
+    "duplicates only": lambda seed: torch.ones(60, 4) * seed,
+    "clusters": clusters,
+    "far from zero": lambda seed: integers(170, 3, seed=seed, top=9) + 1e6,
+    "one outlier": lambda seed: torch.cat([normal(150, 4, seed=seed, dtype=torch.float32), torch.full((1, 4), 1e12)]),
+    "tiny": lambda seed: 1e-25 * normal(170, 5, seed=seed, dtype=torch.float32),
+    "huge": lambda seed: 1e25 * normal(170, 5, seed=seed, dtype=torch.float32),
+}
+
+
+@pytest.fixture(params=["float32", "float64"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As for many pairs of float32 features, or as for the few that tests have."""
+    if request.param == "float32":
+        monkeypatch.setattr(pairs, "FEW", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_every_decision_is_float64s(kind: str, k: int, products: str) -> None:
+    real, fake = SETS[kind](0), SETS[kind](1)
+    expected = in_float64(real, fake, k)
+    assert manifold_metrics(real, fake, k)[:4] == expected
+    assert manifold_metrics(real, fake, k, side=48)[:4] == expected
+    assert manifold_metrics(fake, real[: len(real) // 2], k)[:4] == in_float64(fake, real[: len(real) // 2], k)
+
+
+def test_products_alone_would_decide_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `test_every_decision_is_float64s` says holds because of the second look."""
+    real, fake = SETS["clusters"](0), SETS["clusters"](1)
+    monkeypatch.setattr(pairs, "FEW", 0)
+    monkeypatch.setattr(pairs, "relative_error", lambda dim, dtype: 0.0)
+    assert manifold_metrics(real, fake)[:4] != in_float64(real, fake, 3)
+
+
+@pytest.mark.parametrize("kind", ["normal", "many dimensions", "clusters", "tiny"])
+def test_squared_distances_are_within_their_bounds(kind: str, products: str) -> None:
+    a = pairs.Points(SETS[kind](0))
+    b = pairs.Points(SETS[kind](1), a.shift)
+    for block in pairs.blocks(a, b, side=64):
+        assert block.gram.dtype == getattr(torch, products)
+        x, y = (points.features[part].double() for points, part in ((a, block.rows), (b, block.columns)))
+        exact = (x[:, None] - y).square().sum(dim=-1) * block.scale**2
+        lower = block.lower().double()
+        norms = a.norms[block.rows, None] + b.norms[block.columns]
+        margin = pairs.margin(norms, block.gram.dtype, a.dim, block.scale)
+        assert bool((lower <= exact).all())
+        assert bool((exact <= lower + margin).all())
+        middle = (exact - lower - margin / 2).abs() / margin  # 0: in the middle of the bounds, ½: at one of them
+        assert 0 < float(middle.max()) < 0.25
+
+
+@pytest.mark.parametrize(("width", "count"), [(512, 4), (512, 40), (510, 4), (3, 4)])
+def test_the_smallest_of_each_row(width: int, count: int) -> None:
+    matrix = normal(20, width, seed=0)
+    values, index = neighbours.smallest(matrix, count)
+    wanted = matrix.sort(dim=1)
+    assert torch.equal(values, wanted.values[:, :count])
+    assert torch.equal(index, wanted.indices[:, :count])
+
+
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = normal(101, 5, seed=0), normal(83, 5, seed=1) + 0.3
     whole, distance = precision_recall(real, fake), kid(real, fake)
-    monkeypatch.setattr(manifold, "BLOCK_ELEMENTS", 700)
+    monkeypatch.setitem(pairs.SIDE, "cpu", 30)
     assert precision_recall(real, fake) == whole
     assert kid(real, fake) == pytest.approx(distance, rel=1e-12)
+
+
+def test_one_pass_gives_what_each_function_gives_and_gives_it_again() -> None:
+    real, fake = SETS["many dimensions"](0), SETS["many dimensions"](1)
+    result = manifold_metrics(real, fake, side=50)
+    assert manifold_metrics(real, fake, side=50) == result  # to the last bit
+    assert result[:2] == precision_recall(real, fake)
+    assert result.kid == pytest.approx(kid(real, fake), rel=1e-8)
+
+
+def test_a_reference_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fakes = SETS["normal"](0), [SETS["normal"](seed) for seed in (1, 2, 3)]
+    expected = {k: [manifold_metrics(real, fake, k) for fake in fakes] for k in (1, 3)}
+    reference = FeatureSet(real)
+    reference.prepare(3)
+    passes: list[bool] = []
+    blocks = manifold.blocks
+    monkeypatch.setattr(manifold, "blocks", lambda a, b, side=None: passes.append(a is b) or blocks(a, b, side))
+    assert [manifold_metrics(reference, fake) for fake in fakes] == expected[3]
+    assert [manifold_metrics(reference, fake, 1) for fake in fakes] == expected[1]
+    assert passes == [True, False] * 6  # the generated set with itself, and with the reference
+    known = FeatureSet.given(real, reference.shift, reference.nearest(3), reference.kernel_mean)
+    assert manifold_metrics(known, fakes[0]) == expected[3][0]
+    assert manifold_metrics(known.to("cpu"), fakes[0]) == expected[3][0]
+    assert manifold_metrics(known, fakes[0], 5)[:4] == in_float64(real, fakes[0], 5)
+
+
+def test_a_callers_low_precision_is_not_used_and_is_kept() -> None:
+    real, fake = SETS["many dimensions"](0), SETS["many dimensions"](1)
+    expected = manifold_metrics(real, fake)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert manifold_metrics(real, fake) == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", SETS)
+def test_a_gpu_decides_alike(kind: str) -> None:
+    real, fake = SETS[kind](0), SETS[kind](1)
+    there, here = manifold_metrics(real, fake, device="cuda"), manifold_metrics(real, fake)
+    assert there[:4] == here[:4]
+    assert there.kid == pytest.approx(here.kid, rel=1e-6)
 
 
 def test_disjoint_sets_and_equal_sets() -> None:
     x = normal(50, 4, seed=0)
     assert precision_recall(x, x + 1000) == (0, 0)
     assert precision_recall(x, x) == (1, 1)
+    assert manifold_metrics(x, x + 1000)[:4] == (0, 0, 0, 0)
+    same = manifold_metrics(x, x, k=3)
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    assert same.density == (1 + 3) / 3  # a ball holds its own centre and three others
 
 
 def test_a_collapsed_generator_has_precision_without_recall() -> None:
@@ -66,6 +218,12 @@ def test_a_collapsed_generator_has_precision_without_recall() -> None:
     precision, recall = precision_recall(real, collapsed)
     assert precision == 1
     assert recall == 1 / 300  # balls of radius zero hold the one point only
+    distances = (real - real[0]).norm(dim=1)
+    radii = torch.cdist(real, real).sort(dim=1).values[:, 3]
+    holders = int((distances <= radii).sum())  # of the one point
+    result = manifold_metrics(real, collapsed)
+    assert result[:2] == (precision, recall)
+    assert (result.density, result.coverage) == (holders / 3, holders / 300)
 
 
 def test_the_boundary_counts_on_a_lattice() -> None:
@@ -76,10 +234,52 @@ def test_the_boundary_counts_on_a_lattice() -> None:
     assert precision_recall(lattice, outside, k=2).precision == 2 / 4
 
 
+def test_density_and_coverage_on_a_line() -> None:
+    """Points one step apart, k = 1: balls of radius one step. Generated points halfway lie in two balls, at the end in one."""
+    real = torch.stack([torch.arange(100.0), torch.zeros(100)], dim=1)
+    halfway = manifold_metrics(real, real + torch.tensor([0.5, 0.0]), k=1)
+    assert halfway[:4] == (1, 1, 199 / 100, 1)
+    # One step beside the line each lies on the boundary of one ball, and is outside with the next number of float32.
+    assert manifold_metrics(real, real + torch.tensor([0.0, 1.0]), k=1)[:4] == (1, 1, 1, 1)
+    above_one = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    beyond = torch.stack([torch.arange(100.0), above_one.expand(100)], dim=1)
+    assert manifold_metrics(real, beyond, k=1)[:4] == (0, 0, 0, 0)
+    # A tenth of the line: its points lie in their own ball and both neighbours', the first one in its own and one more.
+    part = manifold_metrics(real, real[:10], k=1)
+    assert part[:4] == (1, 11 / 100, 29 / 10, 11 / 100)
+
+
+def test_equal_distributions_have_the_expected_density_and_coverage() -> None:
+    """Of n − 1 other real and m generated points, all exchangeable, a ball holds the k nearest real ones and what is
+    nearer than the k-th. A generated point is among the k nearest of n with probability k/n: density has mean 1. None is
+    there if the k nearest are all real: coverage has mean 1 − [(n − 1)…(n − k)]/[(n + m − 1)…(n + m − k)].
+    """
+    n, m, k, repeats = 50, 30, 3, 400
+    results = torch.tensor(
+        [manifold_metrics(normal(n, 3, seed=2 * s), normal(m, 3, seed=2 * s + 1), k) for s in range(repeats)]
+    )
+    none_of_them = torch.tensor([(n - i) / (n + m - i) for i in range(1, k + 1)]).prod()
+    for values, expected in ((results[:, 2], 1.0), (results[:, 3], 1 - float(none_of_them))):
+        error = float(values.std()) / repeats**0.5
+        assert error < 0.05
+        assert abs(float(values.mean()) - expected) < 4 * error
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02, 0.3])
+def test_kid_of_float32_features_is_float64s(shift: float, products: str) -> None:
+    mixing, count = normal(50, 256, seed=9) / 8, 1000
+    real, fake = ((normal(count, 50, seed=seed) @ mixing).relu().float() for seed in (0, 1))
+    fake = fake + shift
+    exact = kid_features_to_metric(fake.double(), real.double(), kid_subsets=1, kid_subset_size=count, verbose=False)
+    rounding = 1e-6 if products == "float32" else 1e-10
+    assert kid(real, fake) == pytest.approx(exact[KEY_METRIC_KID_MEAN], rel=rounding)
+
+
 def test_kid_equals_torch_fidelity_with_one_subset_of_everything() -> None:
     real, fake = normal(200, 32, seed=0), 1.2 * normal(200, 32, seed=1) + 0.1
     theirs = kid_features_to_metric(fake, real, kid_subsets=1, kid_subset_size=200, verbose=False)[KEY_METRIC_KID_MEAN]
     assert kid(real, fake) == pytest.approx(theirs, rel=1e-6)
+    assert manifold_metrics(real, fake).kid == pytest.approx(theirs, rel=1e-6)
 
 
 def test_kid_is_the_u_statistic() -> None:
@@ -114,3 +314,11 @@ def test_bad_input_is_refused() -> None:
         kid(x, x * torch.nan)
     with pytest.raises(ValueError, match="at least 2"):
         kid(x, x[:1])
+    with pytest.raises(ValueError, match="generated features hold NaN or infinite values in 10 of 10 rows"):
+        manifold_metrics(x, x * torch.inf)
+    with pytest.raises(ValueError, match="more than k = 10"):
+        manifold_metrics(x, x, k=10)
+    with pytest.raises(ValueError, match="too large to be squared"):
+        manifold_metrics(x, x * 1e200)
+    with pytest.raises(ValueError, match="need more than k = 10"):
+        FeatureSet(x).nearest(10)

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from scm_core.data import ImageSet, from_uint8, load_source, to_uint8
 from scm_core.evaluate import (
     Moments,
+    Prepared,
     evaluate,
     extract,
     frechet_with_error,
     load_reference,
     make_reference,
+    manifold_metrics,
     precision_recall,
 )
 from scm_core.evaluate.classifier import (
@@ -145,17 +148,54 @@ def test_torch_fidelity_measures_the_same_with_our_extractor(
 
 
 def test_reference_survives_the_disk(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
-    reference = make_reference(extractor, digits)
+    reference = make_reference(extractor, digits).prepare()
     reference.save(tmp_path)
     loaded = load_reference(tmp_path, extractor.identity, "digits")
     for name in ("features", "mean", "cov"):
         assert torch.equal(getattr(loaded, name), getattr(reference, name))
     assert (loaded.count, loaded.dataset_sha256) == (1797, digits.digest)
     fake = extract(extractor, digits.images[:500])
-    result = evaluate(fake, loaded)
-    assert (result.fid, result.fid_se) == frechet_with_error(fake, Moments.of(reference.features))
+    result = evaluate(fake, loaded, expected=500)
+    assert result[:3] == frechet_with_error(fake, Moments.of(reference.features))
     assert (result.precision, result.recall) == precision_recall(reference.features, fake, 3)
+    assert result[3:8] == manifold_metrics(reference.features, fake)
     assert evaluate(fake, loaded, neighbours=1).recall < result.recall
+
+
+def test_what_is_prepared_changes_no_bit(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
+    reference, fake = make_reference(extractor, digits), extract(extractor, digits.images[:400])
+    for name in ("plain", "prepared"):
+        reference.save(tmp_path / name)
+        reference = reference.prepare(neighbours=4)
+    plain, prepared = (load_reference(tmp_path / name) for name in ("plain", "prepared"))
+    assert plain.prepared is None
+    assert prepared.prepared is not None
+    assert prepared.prepared.nearest.shape == (1797, 4)
+    assert torch.equal(prepared.root, plain.root)
+    assert prepared.feature_set().kernel_mean == plain.feature_set().kernel_mean
+    for k in (1, 3, 5):  # the last one is beyond what was prepared
+        assert evaluate(fake, plain, k) == evaluate(fake, prepared, k)
+    assert plain.feature_set() is plain.feature_set("cpu")
+
+
+def test_few_samples_have_no_known_bias(extractor: Extractor, digits: ImageSet) -> None:
+    result = evaluate(extract(extractor, digits.images[:60]), make_reference(extractor, digits))
+    assert result.fid_bias is None
+    assert result.samples == 60
+
+
+def test_what_cannot_be_compared_is_refused(extractor: Extractor, digits: ImageSet) -> None:
+    reference = make_reference(extractor, digits)
+    fake = reference.features[:100]
+    with pytest.raises(ValueError, match=r"^100 generated samples, expected 101: "):
+        evaluate(fake, reference, expected=101)
+    for bad in (torch.nan, torch.inf):
+        broken = fake.clone()
+        broken[7, 3] = bad
+        with pytest.raises(ValueError, match=r"^generated features hold NaN or infinite values in 1 of 100 rows$"):
+            evaluate(broken, reference)
+    with pytest.raises(ValueError, match=r"^generated features must have 64 dimensions, got 63$"):
+        evaluate(fake[:, :63], reference)
 
 
 def test_a_reference_that_does_not_fit_is_refused(extractor: Extractor, digits: ImageSet, tmp_path: Path) -> None:
@@ -189,6 +229,13 @@ def test_a_damaged_reference_is_refused(extractor: Extractor, digits: ImageSet, 
     index.write_text(json.dumps(json.loads(index.read_text()) | {"count": 49_999}))
     with pytest.raises(ValueError, match="holds 1797 images"):
         load_reference(tmp_path)
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"format": "scm-reference-1"}))
+    with pytest.raises(
+        ValueError, match=r"format scm-reference-2 \(it says 'scm-reference-1'\): make the reference again, "
+    ):
+        load_reference(tmp_path)
+    with pytest.raises(ValueError, match=r"root \(D, D\) and nearest \(N, K\) must be float64"):
+        replace(reference, prepared=Prepared(torch.zeros(3, 3).double(), torch.zeros(1797, 5).double(), 0.0))
 
 
 def test_bad_weights_and_names_are_refused(weights: Path, tmp_path: Path) -> None:

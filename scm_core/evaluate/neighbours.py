@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nearest neighbours, and who lies in whose ball: bounds from blocks of products, what they leave open in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scm_core.evaluate.pairs import Block, Points, distances_to_all, margin, squared_distances
+
+SPARE = 8  # neighbours kept beside those asked for: bounds do not order distances that differ by less than their error
+GROUP = 16
+ALL_ELEMENTS = 2**22  # distances of few features to all others, in float64, at a time
+
+
+class Nearest:
+    """The squared distances of each feature of a set to its `count` nearest others."""
+
+    def __init__(self, points: Points, count: int) -> None:
+        if points.count <= count:
+            raise ValueError(f"{count} nearest neighbours need more than k = {count} samples, got {points.count}")
+        self.points, self.count, self.scale, self.precision = points, count, 1.0, torch.float64
+        self.keep = min(count + SPARE, points.count - 1)
+        device = points.features.device
+        self.bounds = torch.full((points.count, self.keep), torch.inf, dtype=torch.float64, device=device)
+        self.index = torch.full((points.count, self.keep), -1, device=device)
+
+    def add(self, block: Block) -> None:
+        """Take the pairs of a block of the set with itself, in both directions."""
+        self.scale, self.precision, lower = block.scale, block.gram.dtype, block.lower()
+        if block.diagonal:
+            lower.fill_diagonal_(torch.inf)
+        else:
+            self._update(block.columns, lower.T.contiguous(), block.rows.start)
+        self._update(block.rows, lower, block.columns.start)
+
+    def _update(self, rows: slice, lower: Tensor, first: int) -> None:
+        values, index = smallest(lower, self.keep)
+        values = torch.cat([self.bounds[rows], values], dim=1)
+        index = torch.cat([self.index[rows], index + first], dim=1)
+        self.bounds[rows], chosen = values.topk(self.keep, largest=False)
+        self.index[rows] = index.gather(1, chosen)
+
+    def result(self) -> Tensor:
+        """Return the squared distances (N, count), ascending, as float64 finds them from the differences.
+
+        Of the kept, those whose lower bound is within the upper bound of the count-th are computed. They hold the
+        nearest if the farthest of these is within the lower bounds of all that were not kept; else (many equal
+        distances) every distance of that feature is computed.
+        """
+        points, bounds = self.points, self.bounds
+        norms = points.norms[:, None] + points.norms[self.index]
+        upper = bounds + margin(norms, self.precision, points.dim, self.scale)
+        i, j = (bounds <= upper[:, : self.count].amax(dim=1, keepdim=True)).nonzero(as_tuple=True)
+        exact = torch.full_like(bounds, torch.inf)
+        exact[i, j] = squared_distances(points, points, i, self.index[i, j])
+        found = exact.sort(dim=1).values[:, : self.count].contiguous()
+        if self.keep < points.count - 1:
+            unsure = (found[:, -1] * self.scale**2 > bounds[:, -1].clamp(min=0)).nonzero().flatten()
+            for some in unsure.split(max(1, ALL_ELEMENTS // points.count)):
+                squared = distances_to_all(points, points, some)
+                squared[torch.arange(len(some), device=some.device), some] = torch.inf
+                found[some] = squared.topk(self.count, largest=False).values
+        return found
+
+
+def smallest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` smallest entries of each row (all, if there are fewer), ascending, and their columns."""
+    height, width = matrix.shape
+    if width % GROUP or width < 2 * GROUP * count:
+        values, index = matrix.topk(min(count, width), largest=False)
+        return values, index
+    # They lie in the `count` groups with the smallest minima: a minimum costs a fraction of a selection.
+    groups = matrix.view(height, GROUP, width // GROUP)
+    chosen = groups.amin(dim=1).topk(count, largest=False).indices
+    first = torch.arange(0, width, width // GROUP, device=matrix.device)
+    among = (chosen[:, None, :] + first[:, None]).flatten(1)
+    values, index = matrix.gather(1, among).topk(count, largest=False)
+    return values, among.gather(1, index)
+
+
+class Balls:
+    """Which generated features lie in the balls of the real ones, and the other way round; boundaries belong to balls.
+
+    Distances that differ by what float64 rounds, (D + 8)·2⁻⁵² of them, count as equal.
+    """
+
+    def __init__(self, fake: Points, real: Points, fake_radii: Tensor, real_radii: Tensor) -> None:
+        device = real.features.device
+        self.fake, self.real = fake, real
+        self.fake_radii, self.real_radii = fake_radii, real_radii  # squared
+        self.holders = torch.zeros(fake.count, dtype=torch.int64, device=device)  # real balls around each generated one
+        self.covered = torch.zeros(real.count, dtype=torch.bool, device=device)  # has a generated one in its ball
+        self.recalled = torch.zeros(real.count, dtype=torch.bool, device=device)  # is in the ball of a generated one
+
+    def add(self, block: Block) -> None:
+        """Take the pairs of a block of the generated (rows) with the real ones (columns)."""
+        lower = block.lower()
+        norms = self.fake.norms[block.rows], self.real.norms[block.columns]
+        fake_radii, real_radii = self.fake_radii[block.rows], self.real_radii[block.columns]
+        covered, recalled = self.covered[block.columns], self.recalled[block.columns]  # views
+
+        def candidates(limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Pairs that may be within their limit, and the most that their distance can be."""
+            i, j = (lower <= (limits * block.scale**2).to(lower.dtype)).nonzero(as_tuple=True)
+            upper = lower[i, j] + margin(norms[0][i] + norms[1][j], lower.dtype, self.real.dim, block.scale)
+            return i, j, upper / block.scale**2
+
+        def within(i: Tensor, j: Tensor, limits: Tensor) -> Tensor:
+            """Whether pairs are within their limit, by their differences."""
+            squared = squared_distances(self.fake, self.real, i + block.rows.start, j + block.columns.start)
+            return squared <= limits * (1 + (self.real.dim + 8) * 2.0**-52)
+
+        i, j, upper = candidates(real_radii)
+        inside = upper <= real_radii[j]
+        unsure = (~inside).nonzero().flatten()
+        inside[unsure] = within(i[unsure], j[unsure], real_radii[j[unsure]])
+        self.holders[block.rows] += torch.bincount(i[inside], minlength=len(lower))
+        covered[j[inside]] = True
+
+        i, j, upper = candidates(fake_radii[:, None])
+        recalled[j[upper <= fake_radii[i]]] = True
+        open_ = ~recalled[j]
+        i, j = i[open_], j[open_]
+        recalled[j[within(i, j, fake_radii[i])]] = True
