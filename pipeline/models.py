@@ -16,14 +16,13 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ParamsError, suggestion
+from pipeline.figures import Figure2, Figure3
 from pipeline.networks import Network
 from pipeline.sections import (
     Dataset,
     Engine,
     Evaluation,
     Features,
-    Figure2,
-    Figure3,
     Model,
     Positive,
     Seed,

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import ParamsError, suggestion
+from pipeline.figures import Figure2
 from pipeline.models import Params, Scale, Size, Slot
 from pipeline.networks import Network, SmallNetwork
 from pipeline.sections import (
@@ -26,7 +27,6 @@ from pipeline.sections import (
     Engine,
     Evaluation,
     Features,
-    Figure2,
     InverseSqrtDecay,
     LinearDecay,
     TeacherSampling,

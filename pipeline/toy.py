@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.sections import Figure3, ToyTraining
+from pipeline.figures import Figure3, ToyTraining
 from scm_core.mixture import GaussianMixture
 from scm_core.nn.mlp import MLP
 from scm_core.nn.network import Precision

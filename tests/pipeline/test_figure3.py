@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline import registry
 from pipeline.context import Context
 from pipeline.errors import ParamsError
+from pipeline.figures import Figure3
 from pipeline.files import read_json
 from pipeline.params import Params, read_yaml, validate
-from pipeline.sections import Figure3
 from pipeline.stages import figure3
 from pipeline.toy import Toy, ddim, measure, total_iterations
 
