@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
     print(shown(rows, asked.columns))
     if options.output:
-        merge(rows, options.output)
+        merge(rows, options.output, paths.evaluation_cache(asked.params.scale) / "locks")
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.errors import PipelineError
-from pipeline.files import Lock
+from pipeline.files import Lock, sha256_text
 from scm_core.evaluate.selection import minimum, spread
 
 SHOWN = ("subject", "space", "steps", "guidance", "ema", "nimg", "nfe", "samples", "first_index")
@@ -40,11 +40,14 @@ def spreads(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def merge(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Put rows into a .csv or .parquet file, whole or not at all; those of the same measurement are replaced, all others kept."""
+def merge(rows: Sequence[Mapping[str, Any]], file: Path, locks: Path) -> None:
+    """Put rows into a .csv or .parquet file, whole or not at all; those of the same measurement are replaced, all others kept.
+
+    `locks` is a folder for the lock that keeps two processes apart.
+    """
     table = pd.DataFrame(rows)
-    lock = Lock(file.with_name(f".{file.name}.lock"))
-    with lock.held():
+    locks.mkdir(parents=True, exist_ok=True)
+    with Lock(locks / f"{sha256_text(str(file.resolve()))[:16]}.lock").held():
         if file.exists():
             before = read(file)
             known = pd.MultiIndex.from_frame(table[KEY].astype(str))

@@ -2,6 +2,10 @@
 """From images to an evaluation in one process, at a resolution below the source's own; the commands `evaluate` and `compare`."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +77,7 @@ def publish(root: Path, job: Job) -> Path:
     """A job's output folder, with a manifest as of something that is done."""
     folder = root / job.outputs[0]
     folder.mkdir(parents=True, exist_ok=True)
-    made = {"format": manifest.FORMAT, "files": {}, "run": f"{job.name}-01234567"}
+    made = {"format": manifest.FORMAT, "files": {}, "run": f"{job.name}-01234567", "name": job.name}
     (folder / paths.MANIFEST).write_text(json.dumps(made))
     return folder
 
@@ -209,6 +213,30 @@ def test_other_code_measures_again(
     monkeypatch.setattr("pipeline.subjects.meaning_of", lambda *patterns: "b" * 64)
     rows = run_stage(params, made)
     assert sum(sampled) == rows.samples.sum()
+
+
+@pytest.mark.slow
+def test_processes_share_the_sampling(repository: Path, tmp_path: Path) -> None:
+    """Two processes of a job, one after another's cache was removed: the same bytes as one."""
+    tables = []
+    for count in (1, 2):
+        root = tmp_path / str(count)
+        shutil.copytree(repository, root, ignore=shutil.ignore_patterns(".cache", "evaluate"))
+        data = smallest()
+        data["scales"]["smoke"]["slots"]["pixel_cond"]["evaluation"]["processes"] = count
+        (root / "params.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+        job = registry.find(validate(data), "evaluate", TEACHER)
+        environment = {**os.environ, "SCM_ROOT": str(root), "SCM_TRACKING": "off", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", "run", *job.arguments],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        tables.append((root / job.outputs[0] / "sweep.csv").read_bytes())
+    assert tables[0] == tables[1]
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------------

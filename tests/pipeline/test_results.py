@@ -22,14 +22,14 @@ def row(key: str, fid: float, first: int = 0, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
 def test_a_point_that_was_measured_before_is_replaced_and_another_one_added(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    merge([row("a", 1.0), row("b", 2.0)], file)
-    merge([row("b", 3.0), row("c", 4.0)], file)
-    merge([row("c", 4.0, subject="student-2")], file)
+    merge([row("a", 1.0), row("b", 2.0)], file, tmp_path / "locks")
+    merge([row("b", 3.0), row("c", 4.0)], file, tmp_path / "locks")
+    merge([row("c", 4.0, subject="student-2")], file, tmp_path / "locks")
     table = read(file)
     assert list(zip(table.subject, table.key, table.fid, strict=True)) == [
         ("student-1", "a", 1.0), ("student-1", "b", 3.0), ("student-1", "c", 4.0), ("student-2", "c", 4.0),
     ]  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} <= {name, f".{name}.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {name, "locks"}
 
 
 def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -37,12 +37,12 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     pd.DataFrame({"a": [1]}).to_csv(file, index=False)
     before = file.read_bytes()
     with pytest.raises(PipelineError, match=r"rows.csv: has no column subject, so it holds something else"):
-        merge([row("a", 1.0)], file)
+        merge([row("a", 1.0)], file, tmp_path / "locks")
     assert file.read_bytes() == before
     broken = tmp_path / "rows.parquet"
     broken.write_bytes(b"no parquet")
     with pytest.raises(PipelineError, match=r"rows.parquet: cannot be read as measured rows"):
-        merge([row("a", 1.0)], broken)
+        merge([row("a", 1.0)], broken, tmp_path / "locks")
     assert broken.read_bytes() == b"no parquet"
 
 
