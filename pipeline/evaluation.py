@@ -27,7 +27,7 @@ from scm_core.evaluate import Reference, load_reference
 from scm_core.evaluate.extractors import Extractor
 from scm_core.evaluate.folder import ImageFolder
 from scm_core.evaluate.manifest import identities
-from scm_core.evaluate.manifold import manifold_metrics
+from scm_core.evaluate.manifold import precision_recall
 from scm_core.evaluate.protocol import evaluate
 from scm_core.evaluate.protocol import reference_of as make
 from scm_core.evaluate.resampling import grouped_jackknife
@@ -129,9 +129,7 @@ def numbers(
     errors: Sequence[float | None] = (None, None)
     if how.groups:
         real = reference.feature_set(device)
-        errors = grouped_jackknife(
-            lambda part: manifold_metrics(real, part, how.neighbours)[:2], features, how.groups
-        )  # the first two are precision and recall
+        errors = grouped_jackknife(lambda part: precision_recall(real, part, how.neighbours), features, how.groups)
     result = {key: value for key, value in found._asdict().items() if key != "samples"}
     return {**result, "precision_se": errors[0], "recall_se": errors[1]}
 

@@ -161,8 +161,8 @@ def manifold_metrics(
     )
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Return improved precision and recall alone; see `manifold_metrics`."""
+def precision_recall(real: Tensor | FeatureSet, fake: Tensor, k: int = 3) -> PrecisionRecall:
+    """Return improved precision and recall alone, where the real features are; see `manifold_metrics`."""
     known, other = _pair(real, fake)
     _require_neighbours(known, other, k)
     balls = Balls(other, known, other.nearest(k)[:, -1], known.nearest(k)[:, -1])
