@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 4 << 20  # bytes hashed and written at a time: they are still in the processor's cache when they are written
+# Bytes after which what was written is brought to the disk and dropped from the page cache: gigabytes of it would leave the kernel to look
+# for memory whenever a training step asks for some.
+FLUSH = 256 << 20
 DTYPES = {  # safetensors' names
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -40,11 +43,18 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    flushed = 0
     with open(path, "wb", buffering=1 << 20) as file:  # gathers the small ones; larger pieces pass it by
 
         def put(data: bytes | memoryview) -> None:
+            nonlocal flushed
             digest.update(data)
             file.write(data)
+            if file.tell() - flushed >= FLUSH:
+                file.flush()
+                os.fdatasync(file.fileno())
+                os.posix_fadvise(file.fileno(), flushed, file.tell() - flushed, os.POSIX_FADV_DONTNEED)
+                flushed = file.tell()
 
         put(len(text).to_bytes(8, "little") + text)
         for name in order:
