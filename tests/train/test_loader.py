@@ -27,7 +27,7 @@ from scm_core.train.loop import train
 from scm_core.train.state import TrainSettings, TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 20.0  # seconds that a thread has for what takes it none: a busy machine is no failure
+PATIENCE = 60.0  # seconds that a thread has for what takes it none: a busy machine is no failure
 
 
 def at(iteration: int) -> Batch:

@@ -173,6 +173,7 @@ def runs(
     folder = tmp_path_factory.mktemp("workflow")
     copies = [Copy(path, user_env(path)) for path in (copy_repository(folder / name) for name in ("snakemake", "dvc"))]
     snakemake, dvc = copies
+    dvc.env["SCM_TRACKING"] = "off"  # it costs time, and the other copy has it
     dvc.use_scale("smoke")
     deadline = time.monotonic() + LIMIT_S
     try:
