@@ -81,6 +81,11 @@ class Target:
         store = self.evaluator.filled(point)
         return {space: store.features(space) for space in self.evaluator.references}
 
+    def keep_images(self, point: Point, folder: Path) -> None:
+        """Write the images of a point to a folder, as PNG files named by their place in the set."""
+        evaluator = self.evaluator
+        evaluator.store(point).fill(self.subject.images(point), evaluator.extractors, keep_images=folder)
+
     @property
     def default_samples(self) -> int:
         """How many are measured unless told."""

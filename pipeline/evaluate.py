@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -40,11 +39,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .csv or .parquet file for the rows")
     parser.add_argument(
-        "--images", metavar="FOLDER", type=Path, help="a new folder for the images of the one point that is measured"
+        "--images", metavar="FOLDER", type=Path, help="keep the images of the one point that is measured, as PNG files"
     )
     options = parser.parse_args(list(argv))
-    if options.images and options.images.exists():
-        raise PipelineError(f"{options.images}: exists already; give --images a new folder")
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise PipelineError(f"{options.output}: expected a file that ends in .csv or .parquet")
     if options.sets < 1:
@@ -74,7 +71,7 @@ def measure(asked: Asked, run: str, options: argparse.Namespace) -> Iterator[dic
         )
     for point in wanted:
         if options.images:
-            write_images(target, point, options.images)
+            target.keep_images(point, options.images)
         for space, found in target.measure(point).items():
             reference = target.evaluator.references[space]
             yield {
@@ -124,17 +121,3 @@ def points(target: Target, run: str, options: argparse.Namespace) -> list[Point]
         Point(REPORT, n, s, samples, index, ema, nimg)
         for (ema, nimg), n, s, index in product(averages, steps, scales, firsts)
     ]
-
-
-def write_images(target: Target, point: Point, folder: Path) -> None:
-    """The images of a point as PNG files, numbered from 0, in a folder that has its name when all are there."""
-    from pipeline.grids import picture
-
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    make, chunk = target.subject.images(point), target.slot.evaluation.batch
-    for start in range(0, point.samples, chunk):
-        for index, image in enumerate(make(range(start, start + chunk))[: point.samples - start], start):
-            picture(image).save(beside / f"{index:06d}.png")
-    beside.rename(folder)

@@ -78,25 +78,25 @@ class Evaluator:
         return all(file.is_file() for file in self._files(point, self.store(point).key).values())
 
     def measure(self, point: Point) -> Numbers:
-        """The numbers of a point by space: see `pipeline.sweep.NUMBERS`, and nfe and key."""
-        key = self.store(point).key
-        files = self._files(point, key)
+        """The numbers of a point by space: see `pipeline.sweep.NUMBERS`, and nfe and key. Its features go, unless they are to stay."""
+        store = self.store(point)
+        files = self._files(point, store.key)
         if not self.known(point):
-            store = self.filled(point)
+            self.filled(point)
             self.together()
-            folder = self.cache / "numbers"
-            folder.mkdir(parents=True, exist_ok=True)
-            with Lock(
-                folder / f".{key[:40]}.lock"
-            ).held():  # of several processes one computes, and the others find it done
-                if not self.known(point):
-                    for space, file in files.items():
-                        write_json(file, numbers(store.features(space), self.references[space], self.how, self.device))
-                    if not self.how.keep_features:
-                        with contextlib.suppress(StoreInUseError):  # somebody else needs more samples of the set
-                            store.drop()
+        folder = self.cache / "numbers"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder / f".{store.key[:40]}.lock")
+        with lock.held():  # of several processes one computes, and the others find it done
+            if not self.known(point):
+                self.filled(point)  # takes no time, unless somebody has removed them meanwhile
+                for space, file in files.items():
+                    write_json(file, numbers(store.features(space), self.references[space], self.how, self.device))
+            if store.bytes() and not self.how.keep_features:
+                with contextlib.suppress(StoreInUseError):  # somebody needs more samples of the set
+                    store.drop()
         self.progress(point.samples)
-        shared = {"nfe": self.subject.nfe(point), "key": key[:16]}
+        shared = {"nfe": self.subject.nfe(point), "key": store.key[:16]}
         return {space: {**shared, **_read(file)} for space, file in files.items()}
 
     def _files(self, point: Point, key: str) -> dict[str, Path]:

@@ -23,13 +23,8 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return canvas
 
 
-def picture(image: Tensor) -> Image.Image:
-    """A uint8 image (C, H, W), greyscale or RGB, as Pillow has it."""
-    pixels = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
 def save_grid(images: Tensor, path: Path, columns: int, zoom: int = 2) -> None:
     """Write the tiled images, enlarged without smoothing."""
-    grid = picture(tile(images, columns).permute(2, 0, 1))
-    grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
+    canvas = tile(images, columns).numpy()
+    picture = Image.fromarray(canvas[:, :, 0] if canvas.shape[2] == 1 else canvas)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
