@@ -51,7 +51,7 @@ def together(job: "Job", count: int) -> Iterator["Ranks"]:
     present = int(os.environ.get("WORLD_SIZE", "1"))
     if present not in (1, count):
         raise PipelineError(
-            f"{job.name}: engine.processes is {count}, but WORLD_SIZE is {present}; make them the same, or start one process"
+            f"{job.name}: params.yaml asks for processes: {count}, but WORLD_SIZE is {present}; make them the same, or start one process"
         )
     if present == count:
         with connected() as ranks:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -131,8 +132,13 @@ class ModelSubject:
         """SHA-256 of the weights, or of what another average of them is made of."""
         if point.ema is None and point.nimg is None:
             return self.weights
-        stored = {path.name: sha256_file(path) for path in sorted(self._snapshots().glob("*.safetensors"))}
-        return sha256_text(canonical({"model": self.weights, "stored": stored, "ema": point.ema, "nimg": point.nimg}))
+        average = {"model": self.weights, "stored": self._stored, "ema": point.ema, "nimg": point.nimg}
+        return sha256_text(canonical(average))
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, str]:
+        """The digests of the snapshots."""
+        return {path.name: sha256_file(path) for path in sorted(self._snapshots().glob("*.safetensors"))}
 
     def images(self, point: Point) -> Callable[[range], Tensor]:
         net = self._net(point.ema, point.nimg)
