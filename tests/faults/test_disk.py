@@ -183,6 +183,6 @@ def test_a_run_stops_at_the_step_after(run: Any, same: Any, monkeypatch: pytest.
         ):
             run.go()
     assert len(writes) == 3
-    assert max(run.steps()) in (12, 13, 14, 15)
+    assert 11 <= max(run.steps()) <= 15  # at once, or while one of the next steps is made
     run.go()
     same(run)

@@ -266,7 +266,7 @@ def test_a_folder_of_png_files_measures_as_the_model_that_made_them(
     folder, file = tmp_path / "images", tmp_path / "points.parquet"
     shared = ["--samples", "20", "-o", str(file)]
     command.main(["teacher-pixel_cond-S", "--guidance", "1.0", "--images", str(folder), *shared])
-    assert len(list(folder.iterdir())) == 20
+    assert len(list(folder.glob("*.png"))) == 20
     command.main([str(folder), *shared])
     model, pictures = read(file).to_dict("records")
     assert [model[key] for key in ("fid", "precision", "kid")] == [pictures[key] for key in ("fid", "precision", "kid")]
