@@ -111,6 +111,56 @@ def test_rows_of_an_earlier_run_keep_what_they_were_measured_on(monkeypatch: pyt
     assert f"- {attention.PACKAGE} 0.1: measured on Another, torch" in attention.markdown(report)
 
 
+def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = benchmark("bench_evaluation", monkeypatch)
+    full = evaluation.FULL
+    assert evaluation.by_line([(10, 5 + 20), (20, 5 + 40)]) == pytest.approx(5 + 2 * full)
+    assert evaluation.by_square([(10, 20 + 300), (20, 40 + 1200)]) == pytest.approx(2 * full + 3 * full**2)
+    assert evaluation.by_parabola([(n, 1 + 2 * n + 3 * n**2) for n in (10, 15, 20)]) == pytest.approx(
+        1 + 2 * full + 3 * full**2
+    )
+    on = {"device": "C", "cores": 2, "load": 0.1, "torch": "2", "packages": {"torch-fidelity": "0.4.0"}}
+
+    def page(theirs: float, exact: float, slope: float) -> str:
+        seconds = {"ours": 1.0, "prepared": 0.5, "torch-fidelity": theirs}
+        rows = [
+            {
+                "count": count,
+                "seconds": {way: value * count**2 / 1e6 for way, value in seconds.items()},
+                "values": {},
+                "differences": {"torch-fidelity": {"precision": 2e-4}, "float64": {"precision": exact}},
+            }
+            for count in (2000, 5000)
+        ]
+        fid = [{"count": count, "once": 1.0, "ours": 1.0, "torch-fidelity": 1.0} for count in (3000, 10_000)]
+        peaks = [[count, slope * count / 1000] for count in (2500, 3750, 5000)]
+        return evaluation.markdown(
+            {
+                "fid": {"on": on, "rows": fid, "root_s": 2.0, "difference": 1e-12, "trace_s": {"ours": 1.0, "torch-fidelity": theirs}},
+                "pairs": {"on": on, "rows": rows},
+                "memory": {"on": on, "peaks": {"ours": peaks, "FID": peaks}},
+                "gpu": None,
+            }
+        )  # fmt: skip
+
+    good = page(theirs=4.0, exact=0.0, slope=30.0)
+    assert "**4.0 times faster** (target 3: met)" in good
+    assert "**4.0** at 2,000, **4.0** at 5,000, 4.0 at 50,000 (target 4 where it was measured: met;" in good
+    assert "prdc was not installed" in good
+    assert "to the last sample" in good
+    # 50,000: once 1 + 2500 − 1250, each 1 + 1250, theirs 1 + 10,000
+    assert "| 50,000 | 1251 | 1251 | 26271 | 10001 | 200020 | **7.6** |" in good
+    assert "Target 3 times faster: met at 5,000, met at 50,000." in good
+    assert "Target 1.5 GB: met." in good
+    assert "Not measured: there was no GPU." in good
+    bad = page(theirs=2.0, exact=1e-3, slope=31.0)
+    assert "(target 3: missed)" in bad
+    assert "(target 4 where it was measured: missed;" in bad
+    assert "float64 at 2,000 and 5,000: **NOT**." in bad
+    assert "Target 1.5 GB: missed." in bad
+    assert "(target 2 s: missed)" in evaluation.gpu_page({"on": on, "once_s": 1.0, "seconds": 2.1, "peak_gb": 3.0})[2]
+
+
 def test_the_published_pages_are_those_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     results = ROOT / "benchmarks" / "results"
     for page in results.glob("*.md"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from scm_core.evaluate.neighbours import Balls, Nearest
 from scm_core.evaluate.pairs import Block, Points, blocks
 
-KERNEL_ROWS = 128  # rows of a block that are taken to float64 at a time: they stay in the cache
+KERNEL_ROWS = {"cpu": 128, "cuda": 2048}  # rows of a block that are taken to float64 at a time: they stay in the cache
 
 
 class PrecisionRecall(NamedTuple):
@@ -113,8 +113,9 @@ class KernelMean:
         column = block.b.projections[block.columns] / self.dim
         factor = 1 / (self.dim * block.scale**2)
         curved = torch.zeros_like(row[0, 0])
-        for start in range(0, len(row), KERNEL_ROWS):
-            part = slice(start, start + KERNEL_ROWS)
+        height = KERNEL_ROWS[block.a.kind]
+        for start in range(0, len(row), height):
+            part = slice(start, start + height)
             delta = block.gram[part].to(torch.float64, copy=True).mul_(factor).add_(column).add_(row[part])
             if block.diagonal:
                 delta.diagonal(start).zero_()

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-CHUNK = 2048  # rows that are converted to float64 at a time
+CHUNK = 1024  # rows that are converted to float64 at a time
 
 
 def check_features(features: Tensor, dim: int | None = None, what: str = "features") -> None:
@@ -116,7 +116,7 @@ class Moments:
         total = self.count + count
         delta = mean - self._mean
         self._mean = self._mean + delta * (count / total)
-        self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self._scatter.add_(scatter).addr_(delta, delta, alpha=self.count * count / total)
         self.count = total
 
     @property

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from scm_core.evaluate.moments import check_features
 
-SIDE = {"cpu": 2048, "cuda": 8192}  # rows and columns of a block: of each, up to three matrices in float32 at a time
+SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of a block: up to three matrices of a block's size at a time
 FEW = 2**20  # pairs, up to which products are in float64: errors average out less, and it costs little
-CHUNK_ELEMENTS = 2**20  # numbers that are converted to float64 at a time
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # numbers that are in float64 at a time: they stay in the cache
 UNDERFLOW = 1e-30  # more than underflows of products can add up to, where the largest norm is near 1
 
 
@@ -23,9 +23,10 @@ class Points:
     """Features (N, D) of one set, as they were given, and what products of them need.
 
     Products are taken of features less `shift` (D,), by default the mean, rounded to float32: distances do not change,
-    and small products have small errors. Both sets of a comparison need the same shift. In float64: `norms` (N,), the squared
-    norms of the shifted features ỹ; `projections` (N,), their products with the shift; `total` (D,), their sum. Raises
-    `ValueError` for features that are not finite floating-point numbers of shape (N ≥ 2, D), or too large to square.
+    and small products have small errors. Both sets of a comparison need the same shift. In float64: `norms` (N,), the
+    squared norms of the shifted features; `projections` (N,), their products with the shift; `total` (D,), their sum.
+    Raises `ValueError` for features that are not finite floating-point numbers of shape (N ≥ 2, D), or too large to
+    square.
     """
 
     def __init__(self, features: Tensor, shift: Tensor | None = None, what: str = "features") -> None:
@@ -48,14 +49,23 @@ class Points:
         if not bool(torch.isfinite(self.norms).all()):
             raise ValueError(f"{what} are too large to be squared in float64")
 
+    @property
+    def kind(self) -> str:
+        """Of the device: "cpu" or "cuda"."""
+        return "cpu" if self.features.device.type == "cpu" else "cuda"
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many features are converted to float64 at a time."""
+        return max(1, CHUNK_ELEMENTS[self.kind] // self.dim)
+
     def chunks(self) -> Iterator[Tensor]:
         """The features in float64, a part at a time."""
-        return (chunk.double() for chunk in self.features.split(max(1, CHUNK_ELEMENTS // self.dim)))
+        return (chunk.double() for chunk in self.features.split(self.chunk_rows))
 
     def shifted(self, part: slice, scale: float, dtype: torch.dtype) -> Tensor:
         """Return the shifted features of a part, times a power of two, rounded once in `dtype`."""
-        x = self.features[part].to(dtype)
-        return x * scale - (self.shift * scale).to(dtype)
+        return torch.add((-scale * self.shift).to(dtype), self.features[part].to(dtype), alpha=scale)
 
 
 class Block(NamedTuple):
@@ -111,7 +121,7 @@ def blocks(a: Points, b: Points, side: int | None = None) -> Iterator[Block]:
     """
     exact = a.count * b.count <= FEW or torch.float64 in (a.features.dtype, b.features.dtype)
     dtype = torch.float64 if exact else torch.float32
-    side = side or SIDE["cpu" if a.features.device.type == "cpu" else "cuda"]
+    side = side or SIDE[a.kind]
     # No square overflows or vanishes where the largest norm is near 1, and a power of two is exact.
     largest = math.sqrt(float(torch.maximum(a.norms.max(), b.norms.max())))
     scale = 2.0 ** -math.frexp(largest)[1]
@@ -142,10 +152,9 @@ def full_float32() -> Iterator[None]:
 
 def squared_distances(a: Points, b: Points, i: Tensor, j: Tensor) -> Tensor:
     """Return the squared distances (n,) of features i of `a` to features j of `b`, from their differences in float64."""
-    size = max(1, CHUNK_ELEMENTS // a.dim)
     found = [
         (a.features[x].double() - b.features[y].double()).square().sum(dim=1)
-        for x, y in zip(i.split(size), j.split(size), strict=True)
+        for x, y in zip(i.split(a.chunk_rows), j.split(a.chunk_rows), strict=True)
     ]
     return torch.cat(found)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from scm_core.data.arrays import file_digest
 from scm_core.data.images import to_uint8
 from scm_core.data.sources import ImageSet
-from scm_core.evaluate.frechet import frechet_with_error, matrix_root
+from scm_core.evaluate.frechet import frechet_with_error, triangular_root
 from scm_core.evaluate.manifold import FeatureSet, manifold_metrics
 from scm_core.evaluate.moments import Moments, check_features
 
@@ -50,7 +50,7 @@ class Evaluation(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What comparisons need of a reference alone: `root` (D, D) of its covariance, and of its `FeatureSet` `nearest`
+    """What comparisons need of a reference alone: the `triangular_root` (D, D) of its covariance, and of its `FeatureSet` `nearest`
     (N, K) for neighbours up to the K-th and `kernel_mean`. Tensors in float64.
     """
 
@@ -122,8 +122,8 @@ class Reference:
 
     @cached_property
     def root(self) -> Tensor:
-        """Symmetric root (D, D) of the covariance."""
-        return matrix_root(self.cov) if self.prepared is None else self.prepared.root
+        """Triangular root (D, D) of the covariance."""
+        return triangular_root(self.cov) if self.prepared is None else self.prepared.root
 
     @cached_property
     def _on_devices(self) -> dict[torch.device, FeatureSet]:
