@@ -39,7 +39,7 @@ def run(ctx: Context) -> None:
         "run",
     ]
     table = table[columns]  # in the order of params.yaml
-    table.to_csv(ctx.out / "figure7.csv", index=False)
+    table.to_csv(ctx.out / "figure7.csv", index=False, float_format="%.6g")
     how = slot.evaluation
     title = (
         f"{slot.dataset.source}, scale {ctx.job.scale}: {how.select_samples} samples a point against {facts['reference_images']} "
