@@ -49,7 +49,8 @@ def triangular_root(cov: Tensor) -> Tensor:
     cov = cov.double()
     eigenvalues, vectors = torch.linalg.eigh(cov)
     _require_psd(eigenvalues, float(cov.norm()), "second")
-    return torch.linalg.qr((vectors * eigenvalues.clamp(min=0).sqrt()).T, mode="r").R
+    root = torch.linalg.qr((vectors * eigenvalues.clamp(min=0).sqrt()).T, mode="r").R
+    return root.contiguous()  # as from a file: products of another layout differ in their last bits
 
 
 def trace_term(cov1: Tensor, root2: Tensor) -> float:

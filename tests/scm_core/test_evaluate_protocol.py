@@ -156,7 +156,6 @@ def test_reference_survives_the_disk(extractor: Extractor, digits: ImageSet, tmp
     assert (loaded.count, loaded.dataset_sha256) == (1797, digits.digest)
     fake = extract(extractor, digits.images[:500])
     result = evaluate(fake, loaded, expected=500)
-    # a tensor of a file may lie elsewhere in memory than one that was computed, and be summed in another order
     assert result[:3] == pytest.approx(frechet_with_error(fake, Moments.of(reference.features)), rel=1e-10)
     assert (result.precision, result.recall) == precision_recall(reference.features, fake, 3)
     assert result[3:8] == manifold_metrics(reference.features, fake)
