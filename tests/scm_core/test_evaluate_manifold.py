@@ -91,6 +91,9 @@ SETS: dict[str, Callable[[int], torch.Tensor]] = {
     "clusters": clusters,
     "far from zero": lambda seed: integers(170, 3, seed=seed, top=9) + 1e6,
     "one outlier": lambda seed: torch.cat([normal(150, 4, seed=seed, dtype=torch.float32), torch.full((1, 4), 1e12)]),
+    "two outliers": lambda seed: torch.cat(
+        [normal(150, 4, seed=seed, dtype=torch.float32), torch.full((1, 4), 1e22), torch.full((1, 4), -1e22)]
+    ),  # beside which products of the others vanish in float32
     "tiny": lambda seed: 1e-25 * normal(170, 5, seed=seed, dtype=torch.float32),
     "huge": lambda seed: 1e25 * normal(170, 5, seed=seed, dtype=torch.float32),
 }
@@ -181,7 +184,8 @@ def test_a_reference_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert manifold_metrics(known, fakes[0], 5)[:4] == in_float64(real, fakes[0], 5)
 
 
-def test_a_callers_low_precision_is_not_used_and_is_kept() -> None:
+def test_a_callers_low_precision_is_not_used_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "FEW", 0)
     real, fake = SETS["many dimensions"](0), SETS["many dimensions"](1)
     expected = manifold_metrics(real, fake)
     before = torch.get_float32_matmul_precision()
