@@ -83,8 +83,7 @@ class Target:
 
     def keep_images(self, point: Point, folder: Path) -> None:
         """Write the images of a point to a folder, as PNG files named by their place in the set."""
-        evaluator = self.evaluator
-        evaluator.store(point).fill(self.subject.images(point), evaluator.extractors, keep_images=folder)
+        self.evaluator.filled(point, folder)
 
     @property
     def default_samples(self) -> int:

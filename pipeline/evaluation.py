@@ -67,34 +67,34 @@ class Evaluator:
         manifest = self.subject.manifest(point, self.how.batch, identities(self.extractors))
         return FeatureStore(self.cache / "features", manifest, point.samples, self.how.batch)
 
-    def filled(self, point: Point) -> FeatureStore:
-        """The features of a point, made where they are not there."""
+    def filled(self, point: Point, keep_images: Path | None = None) -> FeatureStore:
+        """The features of a point, made where they are not there; its images as PNG files in a folder, if one is given."""
         store = self.store(point)
-        store.fill(self.subject.images(point), self.extractors, progress=self.progress)
+        images = self.subject.images(point)
+        store.fill(images, self.extractors, progress=self.progress, keep_images=keep_images)
         return store
 
     def known(self, point: Point) -> bool:
         """Whether all numbers of a point were measured before."""
-        return all(file.is_file() for file in self._files(point, self.store(point).key).values())
+        return _all_there(self._files(point, self.store(point).key))
 
     def measure(self, point: Point) -> Numbers:
         """The numbers of a point by space: see `pipeline.sweep.NUMBERS`, and nfe and key. Its features go, unless they are to stay."""
         store = self.store(point)
         files = self._files(point, store.key)
-        if not self.known(point):
+        if not _all_there(files):
             self.filled(point)
-            self.together()
+        self.together()  # also where all is known: another process may have looked before somebody's numbers were there
         folder = self.cache / "numbers"
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / f".{store.key[:40]}.lock")
         with lock.held():  # of several processes one computes, and the others find it done
-            if not self.known(point):
+            if not _all_there(files):
                 self.filled(point)  # takes no time, unless somebody has removed them meanwhile
                 for space, file in files.items():
                     write_json(file, numbers(store.features(space), self.references[space], self.how, self.device))
-            if store.bytes() and not self.how.keep_features:
-                with contextlib.suppress(StoreInUseError):  # somebody needs more samples of the set
-                    store.drop()
+            if not self.how.keep_features:
+                forget(store)
         self.progress(point.samples)
         shared = {"nfe": self.subject.nfe(point), "key": store.key[:16]}
         return {space: {**shared, **_read(file)} for space, file in files.items()}
@@ -112,6 +112,17 @@ class Evaluator:
             space: self.cache / "numbers" / f"{sha256_text(canonical({**compared, space: reference.key}))[:40]}.json"
             for space, reference in self.references.items()
         }
+
+
+def _all_there(files: Mapping[str, Path]) -> bool:
+    return all(file.is_file() for file in files.values())
+
+
+def forget(store: FeatureStore) -> None:
+    """Remove features whose numbers were taken, unless somebody is adding to them."""
+    if store.bytes():
+        with contextlib.suppress(StoreInUseError):
+            store.drop()
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -150,5 +161,5 @@ def reference_of(path: Path, extractors: Mapping[str, Extractor], how: Evaluatio
         space: make(store.features(space), name, folder.digest, extractor.identity)
         for space, extractor in extractors.items()
     }
-    store.drop()
+    forget(store)
     return references

@@ -21,7 +21,7 @@ from scm_core.evaluate.manifest import FeatureExtractor, canonical, identities, 
 from scm_core.train.lock import HeldError, exclusive
 from scm_core.train.resume import changes
 
-__all__ = ["FeatureStore", "StoreError"]
+__all__ = ["FeatureStore", "StoreError", "StoreInUseError"]
 
 MANIFEST, CLAIMS = "manifest.json", "claims"
 SHORTEST, LONGEST, PATIENCE = 0.05, 2.0, 300.0  # seconds: between looks at what others make, and until it is said who
