@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import manifest, paths, registry
 from pipeline.errors import PipelineError, suggestion
-from pipeline.job import REPORT_SLOT, Job
+from pipeline.job import REPORT_SLOT
 from pipeline.params import Params, Slot
 from pipeline.sample import find_trained
 from pipeline.spaces import SPACES, load_extractor
@@ -85,6 +85,21 @@ class Target:
         """Write the images of a point to a folder, as PNG files named by their place in the set."""
         self.evaluator.filled(point, folder)
 
+    def check_steps(self, run: str, steps: int) -> None:
+        """PipelineError unless the subject samples in so many steps."""
+        known = self.subject.steps
+        if steps not in known:
+            raise PipelineError(f"--steps: {run} samples in {' or '.join(map(str, known))} steps, got {steps}")
+
+    def check_guidance(self, run: str, scales: Sequence[float]) -> None:
+        """PipelineError for scales beyond those that the subject was trained on."""
+        if self.subject.guidance_range is None:
+            return
+        low, high = self.subject.guidance_range
+        for scale in scales:
+            if not low <= scale <= high:
+                raise PipelineError(f"--guidance: {run} was trained on scales {low:g} to {high:g}, got {scale:g}")
+
     @property
     def default_samples(self) -> int:
         """How many are measured unless told."""
@@ -129,32 +144,24 @@ class Asked:
         from pipeline.subjects import FolderSubject, ModelSubject
         from scm_core.train.distributed import own_device
 
-        folder = Path(run)
-        pictures = folder.is_dir() and not (folder / paths.MANIFEST).is_file()
-        if pictures:
-            slot_name = self._slot()
-            axes = {"slot": slot_name, "kind": "folder"}
-            job = registry.find(self.params, "reference", {"slot": slot_name})
-        else:
-            trained = find_trained(run, self.params)
-            axes = {"method": "teacher", **trained.axes}
-            slot_name = axes["slot"]
-            job = registry.find(self.params, "evaluate", axes)
-        slot = self.params.active.slots[slot_name]
-        inputs = self._made(job)
-        if pictures:
-            inputs = {**inputs, "reference": paths.root() / job.outputs[0]}
+        folder, device = Path(run), own_device()
+        slots = self.params.active.slots
         subject: Subject
-        if pictures:
+        if folder.is_dir() and not (folder / paths.MANIFEST).is_file():
+            axes = {"slot": self._slot()}
+            reference = registry.find(self.params, "reference", axes)
+            inputs = self._made({**reference.inputs, "reference": reference.outputs[0]})
             subject = FolderSubject(folder)
         else:
-            subject = ModelSubject(slot, axes["size"], axes["method"], inputs, own_device())
+            axes = {"method": "teacher", **find_trained(run, self.params).axes}
+            inputs = self._made(registry.find(self.params, "evaluate", axes).inputs)
+            subject = ModelSubject(slots[axes["slot"]], axes["size"], axes["method"], inputs, device)
+        slot = slots[axes["slot"]]
         names = {"subject": subject.name, **{key: axes.get(key, "") for key in ("slot", "size", "method")}}
-        references = self._references(slot, slot_name, inputs)
+        references = self._references(slot, axes["slot"], inputs)
         cache = paths.evaluation_cache(self.params.scale)
-        return Target(
-            subject, Evaluator(subject, references, inputs, slot.evaluation, cache, device=own_device()), slot, names
-        )
+        evaluator = Evaluator(subject, references, inputs, slot.evaluation, cache, device=device)
+        return Target(subject, evaluator, slot, names)
 
     def _slot(self) -> str:
         slots = self.params.active.slots
@@ -163,15 +170,13 @@ class Asked:
             raise PipelineError(f"--slot: {name}: {suggestion(name, slots, 'slots')}")
         return str(name)
 
-    def _made(self, job: Job) -> dict[str, Path]:
-        """The inputs of a job, and for `reference` the job's own output, all of which must be there."""
-        by_output = {output: other for other in registry.jobs(self.params) for output in other.outputs}
-        needed = [*job.inputs.values(), *(job.outputs if job.stage == "reference" else ())]
-        for path in needed:
-            if manifest.read(paths.root() / path / paths.MANIFEST) is None:
-                maker = by_output[path]
-                raise PipelineError(f"{path}: not made yet; run it with: {maker.command}")
-        return {name: paths.root() / path for name, path in job.inputs.items()}
+    def _made(self, outputs: Mapping[str, Path]) -> dict[str, Path]:
+        """Where published outputs lie; PipelineError with the command that makes it for one that is not there."""
+        for output in outputs.values():
+            if manifest.read(paths.root() / output / paths.MANIFEST) is None:
+                maker = next(job for job in registry.jobs(self.params) if output in job.outputs)
+                raise PipelineError(f"{output}: not made yet; run it with: {maker.command}")
+        return {name: paths.root() / output for name, output in outputs.items()}
 
     def _references(self, slot: Slot, name: str, inputs: Mapping[str, Path]) -> dict[str, Reference]:
         from pipeline.evaluation import load_references, reference_of

@@ -52,28 +52,21 @@ def point_of(target: Target, run: str, options: argparse.Namespace, count: int) 
     if subject.is_folder:
         return Point(REPORT, 0, None, count, 0)
     steps = options.steps or min(subject.steps)
-    if steps not in subject.steps:
-        raise PipelineError(f"--steps: {run} samples in {' or '.join(map(str, subject.steps))} steps, got {steps}")
+    target.check_steps(run, steps)
     scale = (1.0 if options.guidance is None else options.guidance) if subject.guidable else None
-    if (
-        scale is not None
-        and subject.guidance_range
-        and not subject.guidance_range[0] <= scale <= subject.guidance_range[1]
-    ):
-        low, high = subject.guidance_range
-        raise PipelineError(f"--guidance: {run} was trained on scales {low:g} to {high:g}, got {scale:g}")
+    target.check_guidance(run, () if scale is None else (scale,))
     first = target.slot.evaluation.report_seed if options.first is None else options.first
     return Point(REPORT, steps, scale, count, first)
 
 
 def report(targets: Sequence[Target], points: Sequence[Point], columns: Sequence[str]) -> list[str]:
     """The lines to print: for each space a table of the numbers, and the distance between the two sets."""
+    from scm_core.evaluate import Moments, frechet_distance
+
     both = list(zip(targets, points, strict=True))
     features = [target.features(point) for target, point in both]  # before they are measured, and then forgotten
     a, b = (target.measure(point) for target, point in both)
     lines = [f"{name}: {described(target, point)}" for name, target, point in zip("AB", targets, points, strict=True)]
-    from scm_core.evaluate import Moments, frechet_distance
-
     for space in a:
         reference = targets[0].evaluator.references[space]
         lines += [

@@ -102,15 +102,11 @@ def points(target: Target, run: str, options: argparse.Namespace) -> list[Point]
         return [Point(REPORT, 0, None, count, 0)]
     steps = options.steps or subject.steps
     for n in steps:
-        if n not in subject.steps:
-            raise PipelineError(f"--steps: {run} samples in {' or '.join(map(str, subject.steps))} steps, got {n}")
+        target.check_steps(run, n)
     if options.guidance is not None and not subject.guidable:
         raise PipelineError(f"--guidance: {run} has no guidance; leave it out")
     scales = options.guidance or how.guidance if subject.guidable else [None]
-    if subject.guidance_range and options.guidance:
-        low, high = subject.guidance_range
-        if not low <= min(scales) <= max(scales) <= high:
-            raise PipelineError(f"--guidance: {run} was trained on scales {low:g} to {high:g}, got {options.guidance}")
+    target.check_guidance(run, options.guidance or ())
     samples = options.samples or how.samples
     if samples <= how.neighbours:
         raise PipelineError(f"--samples: must be above evaluation.neighbours ({how.neighbours}), got {samples}")

@@ -150,3 +150,16 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     made = Processes(folder)
     yield made
     made.close()
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, or of the size that the test's module has in DISK, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount, size = shutil.which("mount"), getattr(request.module, "DISK", "1m")
+    command = [str(mount), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if mount is None or os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

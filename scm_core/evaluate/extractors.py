@@ -37,7 +37,19 @@ OTHER_PREPROCESSING = f"torch-fidelity-{torch_fidelity.__version__}"
 CPU = torch.device("cpu")
 
 
-class ClassifierFeatures(torch_fidelity.FeatureExtractorBase):
+class _Uncompiled(torch_fidelity.FeatureExtractorBase):
+    """What torch-fidelity asks of an extractor that it is not to compile."""
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        raise NotImplementedError
+
+
+class ClassifierFeatures(_Uncompiled):
     """The demo's classifier as a torch-fidelity extractor: RGB uint8 (B, 3, H, W) → ("features" (B, dim), "logits").
 
     `feature_extractor_weights_path` names a file of `save_classifier`. A greyscale classifier sees the mean of the
@@ -71,16 +83,8 @@ class ClassifierFeatures(torch_fidelity.FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "logits" if metric == "isc" else "features"
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
 
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        raise NotImplementedError
-
-
-class Dinov2Features(torch_fidelity.FeatureExtractorBase):
+class Dinov2Features(_Uncompiled):
     """DINOv2 as a torch-fidelity extractor: RGB uint8 (B, 3, H, W) → ("features",), the class token (B, 1024).
 
     `feature_extractor_weights_path` is taken as it is (`create_extractor` verifies it); without one the published file
@@ -110,14 +114,6 @@ class Dinov2Features(torch_fidelity.FeatureExtractorBase):
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        raise NotImplementedError
 
 
 class _Inception(FeatureExtractorInceptionV3):

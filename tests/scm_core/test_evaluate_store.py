@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -655,6 +655,7 @@ def test_unknown_names_and_missing_samples(filled: FeatureStore) -> None:
 
 
 WIDE = {"wide": Projection(8000)}  # 128 kB a chunk
+DISK = "256k"  # of `small_disk`
 
 
 def wide(folder: Path, count: int) -> FeatureStore:
@@ -668,19 +669,6 @@ def whole_and_no_more(store: FeatureStore, chunks: int) -> None:
     )
     assert len(listed(store)) == chunks
     assert store.bytes() == sum(map(len, listed(store).values()))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB, where one may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if mount is None or os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
