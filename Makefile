@@ -50,7 +50,8 @@ bench: $(STAMP) ## every benchmark in benchmarks/
 sync: $(STAMP) ## tell each engine (Snakemake, DVC) what the other has made
 	@$(RUN) python -m pipeline sync
 
-lock: $(STAMP) ## resolve pyproject.toml into requirements.lock (UPGRADE=1: take the newest versions allowed)
+lock: ## resolve pyproject.toml into requirements.lock (UPGRADE=1: take the newest versions allowed)
+	@test -x $(VENV)/bin/python || $(MAKE) --no-print-directory setup # not $(STAMP): it needs the lock that is to be made
 	@$(RUN) UPGRADE="$(UPGRADE)" python tools/lock.py
 
 clean: ## remove caches and build files (.venv, runs/ and reports/ stay)
