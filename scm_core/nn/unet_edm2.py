@@ -24,8 +24,9 @@ from scm_core.nn.layers import (
     random_dropout,
     self_attention,
 )
+from scm_core.nn.layout import Place, layout
 from scm_core.nn.network import MPNetwork, Precision
-from scm_core.nn.unet import Place, block_dropout, check_dropout, layout, through
+from scm_core.nn.unet import block_dropout, check_dropout, through
 from scm_core.validate import check_channels
 
 # EDM2's Table 6: the width of each size (sizes S … XXL also in the paper's Tables 3 and 4, "channel multiplier")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scm_core.nn.build import count_parameters
 from scm_core.nn.layers import MPWeight, normalize_weights
-from scm_core.nn.unet import Place
+from scm_core.nn.layout import Place
 from scm_core.nn.unet_edm2 import WIDTHS, Block, EDM2UNet
 
 F64 = torch.float64
