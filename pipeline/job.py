@@ -15,9 +15,9 @@ REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
 REPORTS = Path("reports")
 
 
-def table2_students(slot: Slot) -> list[str]:
-    """The students that Table 2 and Figure 2 show, of those that the slot trains."""
-    return [name for name in ("scd", "sct") if name in slot.students]
+def table2_students(slot: Slot, size: str) -> list[str]:
+    """The students that Table 2 and Figure 2 show, of those that the slot trains at this size."""
+    return [name for name in ("scd", "sct") if name in slot.sizes[size].students]
 
 
 @dataclass(frozen=True)

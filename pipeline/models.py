@@ -17,7 +17,8 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
-from pipeline.networks import Network
+from pipeline.hardware import Hardware
+from pipeline.networks import Items, Network
 from pipeline.sections import (
     Dataset,
     Engine,
@@ -53,7 +54,8 @@ class Size(Model):
     network: Network
     engine: Engine = Engine()
     teacher: TeacherTraining
-    students: Mapping[StudentName, Student]
+    students: Annotated[Mapping[StudentName, Student], Field(min_length=1)]
+    """Those of the slot's students that are trained at this size."""
 
 
 class Slot(Model):
@@ -87,6 +89,10 @@ class Slot(Model):
             raise problem("students.teacher", "is the name of the teacher itself: give the student another one")
         for name in self.sizes:
             self._check_size(name)
+        for student in self.students:
+            if not any(student in size.students for size in self.sizes.values()):
+                what = "is a student of no size: name it in the students of one ({} changes nothing), or remove it"
+                raise problem(f"students.{student}", what)
         side = self.dataset.resolution
         if (self.features is not None) != ("classifier" in self.evaluation.spaces):
             what = "must be given if evaluation.spaces names the classifier, and only then"
@@ -109,9 +115,6 @@ class Slot(Model):
         self._check_network(size)
         if teacher.label_dropout > 0 and not self.dataset.labels:
             raise problem("teacher.label_dropout", "must be 0 for a dataset without labels")
-        for method in self.students:
-            if method not in self.sizes[size].students:
-                raise problem(f"sizes.{size}.students.{method}", "is missing: add it ({} changes nothing)")
         guidable = teacher.label_dropout > 0
         remedy = f"needs a teacher of size {size} trained with label_dropout > 0"
         if len(grid) > 1 and not guidable:
@@ -154,6 +157,12 @@ class Slot(Model):
         """The side of what networks are trained on: pixels, or latents."""
         return self.dataset.resolution // (VAE_DOWNSAMPLING if self.vae else 1)
 
+    @property
+    def items(self) -> Items:
+        """What networks are trained on."""
+        channels = self.vae.latent_channels if self.vae else self.dataset.channels
+        return Items(channels, self.item_resolution, self.dataset.labels)
+
     def teacher_for(self, size: str) -> TeacherTraining:
         """Teacher training of one size, its overrides merged in."""
         return self.sizes[size].teacher
@@ -187,8 +196,23 @@ class Scale(Model):
     """All numbers of one scale."""
 
     seed: Seed
+    hardware: Hardware | None = None
+    """Absent: the CPU of one machine."""
     slots: Annotated[Mapping[SlotName, Slot], Field(min_length=1)]
     figure3: Figure3 | None = None
+
+    @model_validator(mode="after")
+    def _jobs_fit_a_node(self) -> Scale:
+        if self.hardware is None:
+            return self
+        most = self.hardware.gpus_per_node
+        for name, slot in self.slots.items():
+            asked = {f"sizes.{size}.engine": own.engine.processes for size, own in slot.sizes.items()}
+            for key, processes in {**asked, "evaluation": slot.evaluation.processes}.items():
+                if processes > most:
+                    what = f"must be at most hardware.gpus_per_node ({most}), as a job runs on one node"
+                    raise problem(f"slots.{name}.{key}.processes", f"{what}, got {processes}")
+        return self
 
     @model_validator(mode="after")
     def _slots_match_names(self) -> Scale:

@@ -2,7 +2,8 @@
 """Read params.yaml into validated models, and say in one sentence what is wrong with it.
 
 `load()` is the only way in. The models are in `pipeline.models` and re-exported here. The file is read as YAML 1.2
-(what DVC reads it as, too): `1e-3` is a number and `no` is a word.
+(what DVC reads it as, too): `1e-3` is a number and `no` is a word. Sections may be named with `&` and laid below others with `<<: *name`,
+which is not of YAML 1.2 but which DVC and editors read as well.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:
     _Yaml12.add_constructor(tag, construct)
 
 
+# A section with others below it: `construct_mapping` looks for this tag.
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 _scalar("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda text: None)
 _scalar("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF", lambda text: text[0] in "tT")
 _scalar("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", "-+0123456789", int)

@@ -55,12 +55,13 @@ def _sizes(params: Params) -> Axes:
 
 def _students(params: Params) -> Axes:
     slots = params.active.slots
-    return ({**axes, "method": method} for axes in _sizes(params) for method in slots[axes["slot"]].students)
+    for axes in _sizes(params):
+        yield from ({**axes, "method": method} for method in slots[axes["slot"]].sizes[axes["size"]].students)
 
 
 def _models(params: Params) -> Axes:
     for axes in _sizes(params):
-        for method in ("teacher", *params.active.slots[axes["slot"]].students):
+        for method in ("teacher", *params.active.slots[axes["slot"]].sizes[axes["size"]].students):
             yield {**axes, "method": method}
 
 
@@ -87,7 +88,7 @@ def _evaluations(point: Point) -> dict[str, Path]:
     return {
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
         for size in point.slot.sizes
-        for method in ("teacher", *table2_students(point.slot))
+        for method in ("teacher", *table2_students(point.slot, size))
     }
 
 
@@ -105,9 +106,8 @@ def _figure2_inputs(point: Point) -> dict[str, Path]:
     inputs: dict[str, Path] = {}
     for size in point.slot.sizes:
         inputs[f"teacher-{size}"] = point.folder("teacher", size)
-        inputs |= {
-            f"student-{size}-{name}": point.folder("student", size, name) for name in table2_students(point.slot)
-        }
+        for name in table2_students(point.slot, size):
+            inputs[f"student-{size}-{name}"] = point.folder("student", size, name)
     return {**inputs, **point.decoder(), **_evaluations(point)}
 
 
