@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from pipeline.costs import Resources
+from pipeline.costs import REPORT_SLOT, Resources
 from pipeline.params import Params, Scale, Slot
 
-REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
+__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage", "table2_students"]
+
 REPORTS = Path("reports")
 
 

@@ -128,7 +128,7 @@ _DECLARED = (
         expand=expansion.of_figure2,
         inputs=expansion.figure2_inputs,
         params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
-        cost=costs.figure,
+        cost=costs.figure2,
         reports=(REPORTS / "figure2.png",),
     ),
     Stage(

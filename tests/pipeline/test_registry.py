@@ -122,8 +122,8 @@ def test_the_cost_of_an_evaluation_counts_what_the_sweep_asks_for(params: Params
             * (point.steps if student else diffusion_nfe(how.teacher.solver, point.steps, point.guidance != 1.0))
             for point in asked
         )
-        work = slot.sizes[job.axes["size"]].network.work(slot.item_resolution)
-        expected = costs.START + costs.FORWARD * work * passes + costs.IMAGE * images
+        flops = slot.sizes[job.axes["size"]].network.flops(slot.items) * passes
+        expected = costs.START + flops / costs.CPU_FLOPS + costs.IMAGE * images
         assert job.resources.seconds == pytest.approx(expected, abs=0.06), job.name
 
 
