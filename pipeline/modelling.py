@@ -69,8 +69,8 @@ def load_data(ctx: Context) -> Data:
 def image_data(images: ImageSet, labelled: bool) -> Data:
     """Images in [−1, 1], with their labels if asked for."""
     pixels = images.images
-    shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
-    return Data(lambda index, _: from_uint8(pixels[index]), images.labels if labelled else None, len(images), shape)
+    labels = images.labels if labelled else None
+    return Data(lambda index, _: from_uint8(pixels[index]), labels, len(images), images.shape)
 
 
 class Decoder:
