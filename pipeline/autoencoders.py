@@ -123,6 +123,6 @@ TAGS = {TRAINED, PRETRAINED, MEASURED, GIVEN}  # pydantic names them where an er
 AnyVae = Annotated[Annotated[Vae, Tag(TRAINED)] | Annotated[PretrainedVae, Tag(PRETRAINED)], Discriminator(_kind)]
 
 
-def coded_by(vae: Vae | PretrainedVae) -> tuple[str, ...]:
+def described_by(vae: Vae | PretrainedVae) -> tuple[str, ...]:
     """The keys of the section that the autoencoder itself depends on, of those that are given."""
     return tuple(name for name in type(vae).model_fields if name in vae.model_fields_set - {"engine", "statistics"})

@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.autoencoders import Vae
-from pipeline.params import Scale, Slot
+from pipeline.params import PretrainedVae, Scale, Slot
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
 GPU_START = 300.0  # the same on a cluster, with compilation of the networks and the data at hand; assumed
 # FLOP/s of one CPU thread: the demo's teacher of size M (2,500 iterations of 64, 3 · 12.6 MFLOP an image) takes 108 s beside another job
 CPU_FLOPS = 2500 * 64 * 3 * 12.57e6 / 108
+PUBLISHED_VAE = (30, 335e6)  # seconds and bytes of sd-vae-ft-mse, without its download
 VAE = 40 / (1000 * 64 * 24**2)  # seconds per image and width², an iteration of the demo's VAE at 32×32
 FEATURES = 12 / (600 * 64)  # seconds per image, an iteration of the demo's classifier
 IMAGE = 0.9e-3  # seconds to decode one of the demo's samples and take its features
@@ -138,9 +138,10 @@ def dataset(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
 
 @_of_slot
 def vae(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Training the VAE, or fetching a published one."""
-    if not isinstance(slot.vae, Vae):
-        return _resources(scale, 335 * MB, seconds=60)
+    """Training the VAE, or verifying a published one."""
+    if isinstance(slot.vae, PretrainedVae):
+        return _resources(scale, PUBLISHED_VAE[1], seconds=PUBLISHED_VAE[0])
+    assert slot.vae is not None
     area = (slot.dataset.resolution / 32) ** 2
     seconds = VAE * _images(slot.vae.training) * slot.vae.width**2 * area
     return _resources(scale, 4 * 300 * slot.vae.width**2, seconds=seconds)
@@ -152,10 +153,20 @@ def latents(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     assert slot.vae is not None
     images, items = IMAGES[slot.dataset.source], slot.items
     size = images * 8 * items.channels * items.resolution**2
-    if isinstance(slot.vae, Vae):
+    if not isinstance(slot.vae, PretrainedVae):
         return _resources(scale, size, seconds=5)
     flops = images * ENCODER_FLOPS * slot.dataset.resolution**2
     return _resources(scale, size, flops=flops, processes=slot.vae.engine.processes)
+
+
+@_of_slot
+def reconstruction(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Decoding and measuring as many images as an evaluation reports."""
+    assert slot.vae is not None
+    images = min(slot.evaluation.samples, IMAGES[slot.dataset.source])
+    if scale.hardware is None:
+        return _resources(scale, 1 * MB, seconds=5 + IMAGE * images)
+    return _resources(scale, 1 * MB, flops=images * _image_flops(slot), processes=slot.vae.engine.processes)
 
 
 @_of_slot
@@ -171,6 +182,12 @@ def reference(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     images = IMAGES[slot.dataset.source]
     flops = images * sum(EXTRACTOR_FLOPS.get(space, 0) for space in slot.evaluation.spaces)
     return _resources(scale, 4 * images * _dims(slot), flops=flops, seconds=5)
+
+
+def _image_flops(slot: Slot) -> float:
+    """Of decoding a sample and taking its features."""
+    decoding = DECODER_FLOPS * slot.dataset.resolution**2 if slot.vae else 0.0
+    return decoding + sum(EXTRACTOR_FLOPS.get(space, 0.0) for space in slot.evaluation.spaces)
 
 
 def _dims(slot: Slot) -> int:
@@ -229,9 +246,7 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     scratch = 4 * plan.samples * _dims(slot)
     if scale.hardware is None:
         return _resources(scale, 1 * MB, flops=flops, seconds=IMAGE * images, scratch=scratch, processes=plan.processes)
-    flops += images * sum(EXTRACTOR_FLOPS.get(space, 0) for space in plan.spaces)
-    if slot.vae is not None:
-        flops += images * DECODER_FLOPS * slot.dataset.resolution**2
+    flops += images * _image_flops(slot)
     return _resources(scale, 1 * MB, flops=flops, scratch=scratch, processes=plan.processes)
 
 

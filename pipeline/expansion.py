@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.autoencoders import PretrainedVae, described_by
 from pipeline.job import REPORT_SLOT, Axes, Point, table2_students
 from pipeline.params import Params
 
@@ -63,6 +64,25 @@ def of_figure7(params: Params) -> Axes:
 def of_figure3(params: Params) -> Axes:
     """Once, if the scale asks for it."""
     return iter([{}] if params.active.figure3 else [])
+
+
+def vae_inputs(point: Point) -> dict[str, Path]:
+    """A published autoencoder needs no data: whether it is the right one is known before the first image is read."""
+    return {} if isinstance(point.slot.vae, PretrainedVae) else point.inputs("dataset")
+
+
+def vae_keys(point: Point) -> tuple[str, ...]:
+    """What the autoencoder is: neither how latents are scaled nor how many images go through it at once."""
+    vae = point.slot.vae
+    assert vae is not None
+    own = tuple(f".vae.{name}" for name in described_by(vae))
+    return own if isinstance(vae, PretrainedVae) else ("seed", *own)
+
+
+def latents_keys(point: Point) -> tuple[str, ...]:
+    """The data's σ, and where the channels' statistics are given, those."""
+    given = (".vae.statistics",) if isinstance(point.slot.vae, PretrainedVae) else ()
+    return ("seed", ".sigma_data", *given)
 
 
 def evaluations(point: Point) -> dict[str, Path]:

@@ -137,7 +137,7 @@ class Slot(Model):
 
     def _check_network(self, size: str) -> None:
         network = self.sizes[size].network
-        unit = network.downsampling * (self.coding.downsampling if self.coding else 1)
+        unit = network.downsampling * (self.vae_sizes.downsampling if self.vae_sizes else 1)
         if self.dataset.resolution % unit:
             what = f"{'the VAE and ' if self.vae else ''}the network of size {size} ({network.architecture})"
             raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
@@ -155,29 +155,31 @@ class Slot(Model):
     def _check_vae(self) -> None:
         """Before the networks, whose resolution is that of the latents."""
         side, channels = self.dataset.resolution, self.dataset.channels
-        if self.coding is None or not isinstance(self.vae, PretrainedVae):
+        if self.vae_sizes is None or not isinstance(self.vae, PretrainedVae):
             return
-        if self.coding.channels != channels:
-            what = f"takes images of {self.coding.channels} channels, and dataset.channels is {channels}"
+        if self.vae_sizes.channels != channels:
+            what = f"takes images of {self.vae_sizes.channels} channels, and dataset.channels is {channels}"
             raise problem("vae.pretrained", f"{self.vae.pretrained} {what}: use such images, or another autoencoder")
-        if side % self.coding.downsampling:
-            what = f"must divide by {self.coding.downsampling}, the factor of the VAE {self.vae.pretrained}, got {side}"
+        if side % self.vae_sizes.downsampling:
+            what = (
+                f"must divide by {self.vae_sizes.downsampling}, the factor of the VAE {self.vae.pretrained}, got {side}"
+            )
             raise problem("dataset.resolution", what)
 
     @property
-    def coding(self) -> Sizes | None:
+    def vae_sizes(self) -> Sizes | None:
         """What the networks depend on of the VAE; None for pixel data."""
         return None if self.vae is None else self.vae.sizes(self.dataset.channels)
 
     @property
     def item_resolution(self) -> int:
         """The side of what networks are trained on: pixels, or latents."""
-        return self.dataset.resolution // (self.coding.downsampling if self.coding else 1)
+        return self.dataset.resolution // (self.vae_sizes.downsampling if self.vae_sizes else 1)
 
     @property
     def item_channels(self) -> int:
         """The channels of what networks are trained on."""
-        return self.coding.latent_channels if self.coding else self.dataset.channels
+        return self.vae_sizes.latent_channels if self.vae_sizes else self.dataset.channels
 
     @property
     def items(self) -> Items:

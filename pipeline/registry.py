@@ -49,11 +49,11 @@ _DECLARED = (
     ),
     Stage(
         "vae",
-        "train the VAE",
+        "train the VAE, or verify a published one",
         axes=("slot",),
         expand=expansion.latent_slots,
-        inputs=lambda p: p.inputs("dataset"),
-        params=lambda p: ("seed", ".vae"),
+        inputs=expansion.vae_inputs,
+        params=expansion.vae_keys,
         cost=costs.vae,
     ),
     Stage(
@@ -62,7 +62,7 @@ _DECLARED = (
         axes=("slot",),
         expand=expansion.latent_slots,
         inputs=lambda p: p.inputs("dataset", "vae"),
-        params=lambda p: ("seed", ".sigma_data"),
+        params=expansion.latents_keys,
         cost=costs.latents,
     ),
     Stage(
@@ -82,6 +82,15 @@ _DECLARED = (
         inputs=lambda p: {**p.inputs("dataset"), **p.features()},
         params=lambda p: (".evaluation.spaces",),
         cost=costs.reference,
+    ),
+    Stage(
+        "reconstruction",
+        "the distances of the images from themselves, encoded and decoded: the floor of a latent model's",
+        axes=("slot",),
+        expand=expansion.latent_slots,
+        inputs=lambda p: {**p.inputs("latents", "vae"), **p.features(), **p.inputs("reference")},
+        params=lambda p: tuple(f".evaluation.{key}" for key in ("spaces", "samples", "neighbours", "groups", "batch")),
+        cost=costs.reconstruction,
     ),
     Stage(
         "teacher",
@@ -115,7 +124,7 @@ _DECLARED = (
         "Table 2: the paper's rows and ours",
         axes=(),
         expand=expansion.of_table2,
-        inputs=expansion.evaluations,
+        inputs=lambda p: {**expansion.evaluations(p), **p.inputs("reconstruction")},
         params=lambda p: (".dataset", ".evaluation"),
         cost=costs.report,
         reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
