@@ -26,7 +26,7 @@ VAE = 40 / (1000 * 64 * 24**2)  # seconds per image and width², an iteration of
 FEATURES = 12 / (600 * 64)  # seconds per image, an iteration of the demo's classifier
 IMAGE = 0.9e-3  # seconds to decode one of the demo's samples and take its features
 TOY = 35e-6 / 64  # seconds per point and unit of width, an iteration of Figure 3's networks
-IMAGES = {"mnist5k": 5000, "digits": 1797}  # in a source
+IMAGES = {"mnist5k": 5000, "digits": 1797, "cifar10": 50_000, "imagenet": 1_281_167}  # in a source
 DIMS = {"inception": 2048, "dinov2": 1024}  # features of an image
 # FLOPs that scm_core.train.flops counts: per image of 299×299 (Inception v3) and 224×224 (ViT-L/14), per pixel of sd-vae-ft-mse at 512×512
 EXTRACTOR_FLOPS = {"inception": 11.4e9, "dinov2": 162e9}
@@ -95,7 +95,7 @@ def _resources(
         return Resources(
             processes, 3000 * processes, 0, max(30, math.ceil(4 * total / 60)), round(total, 1), size, work
         )
-    total = GPU_START + flops / (processes * hardware.flops) + seconds
+    total = (GPU_START if flops else START) + flops / (processes * hardware.flops) + seconds
     minutes = min(max(60, math.ceil(2 * total / 60)), math.floor(60 * hardware.time_limit_hours))
     threads, memory = processes * hardware.cpus_per_gpu, int(processes * hardware.host_memory_per_gpu_gb * 1024)
     return Resources(threads, memory, processes if flops else 0, minutes, round(total, 1), size, work)
@@ -166,7 +166,7 @@ def reconstruction(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resourc
     images = min(slot.evaluation.samples, IMAGES[slot.dataset.source])
     if scale.hardware is None:
         return _resources(scale, 1 * MB, seconds=5 + IMAGE * images)
-    return _resources(scale, 1 * MB, flops=images * _image_flops(slot), processes=slot.vae.engine.processes)
+    return _resources(scale, 1 * MB, flops=images * _image_flops(slot), processes=slot.evaluation.processes)
 
 
 @_of_slot

@@ -52,7 +52,7 @@ class Model(BaseModel):
 
 
 class Dataset(Model):
-    source: Literal["mnist5k", "digits"]
+    source: Literal["mnist5k", "digits", "cifar10", "imagenet"]
     """Where the images come from."""
     resolution: Count
     """Side of the square images, in pixels."""
@@ -63,6 +63,8 @@ class Dataset(Model):
 
     @model_validator(mode="after")
     def _fits_source(self) -> Dataset:
+        if self.source in ("cifar10", "imagenet"):
+            return self
         native = {"mnist5k": 32, "digits": 8}[self.source]
         if native % self.resolution:
             raise problem("resolution", f"must divide {native} for source {self.source}, got {self.resolution}")
