@@ -141,7 +141,7 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(source: str | Path, sha256: str | None = None, opener: Opener = open_url) -> Pretrained:
-    """Return the autoencoder `source`: one of `KNOWN`, found in `weights_folder()` or fetched into it, or a folder of the user's own.
+    """Return the autoencoder `source`: one of `KNOWN`, found in the folder of weights or fetched into it, or a folder of the user's own.
 
     A folder has config.json and diffusion_pytorch_model.safetensors, as diffusers' `save_pretrained` writes them; `sha256` is its
     weights'. Raises `FileNotFoundError` for files that are not there and `ValueError` for another digest, another network, or a folder

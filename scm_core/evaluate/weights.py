@@ -47,7 +47,7 @@ WEIGHTS = {
 def find_weights(
     name: str, path: str | Path | None = None, sha256: str | None = None, opener: Opener = open_url
 ) -> VerifiedFile:
-    """Return the weights file of extractor `name`, verified: `path`, else from the folder of weights (`published.WEIGHTS_HOME`), else fetched into it.
+    """Return the weights file of extractor `name`, verified: `path`, else as `find_published`.
 
     A known extractor's file must have the published SHA-256. `sha256` replaces that for a file of the user's own, at
     `path`; of an extractor that is not known every file is taken, unless `sha256` is given. Raises `FileNotFoundError`

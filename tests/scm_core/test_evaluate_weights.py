@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from scm_core import published
 from scm_core.evaluate import weights
 from scm_core.evaluate.weights import WEIGHTS, fill, find_weights, load_tensors
 from scm_core.published import WEIGHTS_HOME, PublishedFile
@@ -119,7 +120,7 @@ def test_an_endless_answer_is_cut_off(folder: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         find_weights("net", opener=lambda url: Endless())
-    assert Endless.given <= len(HOSTS) * (len(CONTENT) + 2 * weights.CHUNK)
+    assert Endless.given <= len(HOSTS) * (len(CONTENT) + 2 * published.CHUNK)
 
 
 def test_offline_says_what_to_put_where(folder: Path) -> None:
