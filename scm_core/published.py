@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.request import Request, urlopen
 
-from scm_core.disk import file_digest
+from scm_core.disk import BadFileError, file_digest
 
 CHUNK = 1 << 20
 
@@ -72,7 +72,7 @@ def find_published(
 ) -> VerifiedFile:
     """Return a published file, verified, from its home's folder, or fetched into it; `what` is it for, in messages.
 
-    Raises `FileNotFoundError` for a file that is neither there nor to be fetched and `ValueError` for one with another digest.
+    Raises `FileNotFoundError` for a file that is neither there nor to be fetched and `BadFileError` for one with another digest.
     """
     path = home.folder / known.file
     if path.exists():
@@ -86,10 +86,10 @@ def replace_by(known: PublishedFile, home: Home = WEIGHTS_HOME) -> str:
 
 
 def verified(path: Path, expected: str | None, what: str, remedy: str) -> VerifiedFile:
-    """Return the file with its SHA-256; `ValueError` with `what` it is for and the `remedy` if another one is expected."""
+    """Return the file with its SHA-256; `BadFileError` with `what` it is for and the `remedy` if another one is expected."""
     found = file_digest(path)
     if expected is not None and found != expected:
-        raise ValueError(f"{path} has SHA-256 {found}, {expected} expected for {what}: {remedy}")
+        raise BadFileError(f"{path} has SHA-256 {found}, {expected} expected for {what}: {remedy}")
     return VerifiedFile(path, found)
 
 

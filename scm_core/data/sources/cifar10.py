@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from scm_core.data.images import ImageSet
+from scm_core.disk import BadFileError
 from scm_core.published import DATA_HOME, Opener, PublishedFile, find_published, open_url
 
 # Its MD5 is c32a1d4ab5d03f1284b67883e8d87530, on the page that it is published on. The SHA-256 stands in projects that know nothing of each
@@ -33,7 +34,7 @@ def cifar10(opener: Opener = open_url) -> ImageSet:
     """Return the 50,000 training images, 3×32×32, in the order of the five batches.
 
     The archive is looked for in `SCM_DATA` (`published.DATA_HOME`), else fetched into it. Raises `FileNotFoundError` for one that is
-    neither there nor to be fetched, and `ValueError` for other bytes or another layout.
+    neither there nor to be fetched, and `BadFileError` for other bytes or another layout.
     """
     try:
         found = find_published(ARCHIVE, "source cifar10", opener, DATA_HOME)
@@ -46,29 +47,29 @@ def cifar10(opener: Opener = open_url) -> ImageSet:
 
 
 def read_archive(path: Path) -> ImageSet:
-    """Return the training images in an archive of that layout; `ValueError` if it has another."""
+    """Return the training images in an archive of that layout; `BadFileError` if it has another."""
     parts = []
     try:
         with tarfile.open(path, "r:gz") as archive:
             names = _member(archive, "batches.meta.txt", path).decode().split()
             if tuple(names) != CLASSES:
-                raise ValueError(
+                raise BadFileError(
                     f"{path}: batches.meta.txt names {' '.join(names)}, not CIFAR-10's classes: get it again"
                 )
             for k in range(1, BATCHES + 1):
                 name = f"data_batch_{k}.bin"
                 content = _member(archive, name, path)
                 if len(content) != PER_BATCH * RECORD:
-                    raise ValueError(
+                    raise BadFileError(
                         f"{path}: {name} has {len(content)} bytes, {PER_BATCH} records of {RECORD} expected: get it again"
                     )
                 parts.append(np.frombuffer(content, np.uint8).reshape(PER_BATCH, RECORD))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: is no readable archive ({error}): get it again") from error
+        raise BadFileError(f"{path}: is no readable archive ({error}): get it again") from error
     records = np.concatenate(parts)
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
     if int(labels.max()) >= len(CLASSES):
-        raise ValueError(f"{path}: holds the label {int(labels.max())}, where there are 10 classes: get it again")
+        raise BadFileError(f"{path}: holds the label {int(labels.max())}, where there are 10 classes: get it again")
     return ImageSet(torch.from_numpy(records[:, 1:].reshape(-1, *SHAPE).copy()), labels, "cifar10")
 
 
@@ -78,5 +79,5 @@ def _member(archive: tarfile.TarFile, name: str, path: Path) -> bytes:
     except KeyError:
         file = None
     if file is None:
-        raise ValueError(f"{path}: has no {TOP}/{name}: it is another archive, get {Path(ARCHIVE.file).name}")
+        raise BadFileError(f"{path}: has no {TOP}/{name}: it is another archive, get {Path(ARCHIVE.file).name}")
     return file.read()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scm_core.data.sources.listing import SUFFIXES, Container, Encoded, Files, Zipped, image_names, labels_of
+from scm_core.disk import BadFileError
 
 DESCRIPTION = "dataset.json"
 
@@ -20,7 +21,7 @@ def images(path: str | Path, name: str, channels: int, side: int, labels: int) -
 
     `labels` 0: unlabelled. Else labels are those of `dataset.json` at the top ({"labels": [["a/b.png", 3], …]}, as EDM2's dataset tool
     writes it), or without one the subfolders at the top are the classes, in the order of their names. Names that begin with a dot are left
-    out. Raises FileNotFoundError for a missing path and ValueError, which names the file, for whatever else does not fit.
+    out. Raises FileNotFoundError for a missing path and BadFileError, which names the file, for whatever else does not fit.
     """
     path = Path(path)
     container: Container
@@ -37,7 +38,7 @@ def images(path: str | Path, name: str, channels: int, side: int, labels: int) -
     else:
         raise FileNotFoundError(f"{path} is missing: expected a folder or a ZIP of images")
     if not names:
-        raise ValueError(f"{path}: there is no image in it; expected files such as {', '.join(sorted(SUFFIXES))}")
+        raise BadFileError(f"{path}: there is no image in it; expected files such as {', '.join(sorted(SUFFIXES))}")
     values = [0] * len(names) if not labels else _labels(path, names, labels, description)
     return Encoded(name, container, names, labels_of(values), (channels, side, side), str(path))
 
@@ -47,7 +48,7 @@ def _members(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as file:
             members = [m for m in file.infolist() if not m.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: is no readable ZIP ({error}): write or get it again") from error
+        raise BadFileError(f"{path}: is no readable ZIP ({error}): write or get it again") from error
     names = []
     for member in members:
         parts = member.filename.split("/")
@@ -56,13 +57,13 @@ def _members(path: Path) -> list[str]:
         if member.filename == DESCRIPTION:
             continue
         if os.path.splitext(member.filename)[1].lower() not in SUFFIXES:
-            raise ValueError(f"{path}: {member.filename} is no image by its name; keep nothing but images in it")
+            raise BadFileError(f"{path}: {member.filename} is no image by its name; keep nothing but images in it")
         if member.flag_bits & 1:
-            raise ValueError(f"{path}: {member.filename} is encrypted; write the ZIP without a password")
+            raise BadFileError(f"{path}: {member.filename} is encrypted; write the ZIP without a password")
         names.append(member.filename)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: {twice} is in it twice; write it again")
+        raise BadFileError(f"{path}: {twice} is in it twice; write it again")
     return names
 
 
@@ -75,19 +76,19 @@ def _labels(path: Path, names: Sequence[str], labels: int, description: Callable
     try:
         described = description()
     except ValueError as error:
-        raise ValueError(f"{path}: {DESCRIPTION} is no JSON ({error}); write it again") from error
+        raise BadFileError(f"{path}: {DESCRIPTION} is no JSON ({error}); write it again") from error
     if described is not None:
         return _described(path, names, labels, described)
     flat = next((name for name in names if "/" not in name), None)
     if flat is not None:
-        raise ValueError(
+        raise BadFileError(
             f"{path}: {flat} lies in no class folder and there is no {DESCRIPTION}; sort the images into a folder for each class, or set "
             "labels: 0"
         )
     classes = sorted({name.split("/", 1)[0] for name in names})
     if len(classes) != labels:
         shown = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
-        raise ValueError(f"{path}: has {len(classes)} class folders ({shown}), labels: {labels} expected")
+        raise BadFileError(f"{path}: has {len(classes)} class folders ({shown}), labels: {labels} expected")
     index = {name: k for k, name in enumerate(classes)}
     return [index[name.split("/", 1)[0]] for name in names]
 
@@ -95,16 +96,16 @@ def _labels(path: Path, names: Sequence[str], labels: int, description: Callable
 def _described(path: Path, names: Sequence[str], labels: int, described: Any) -> list[int]:
     pairs = described.get("labels") if isinstance(described, dict) else None
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f'{path}: {DESCRIPTION} must hold {{"labels": [[name, label], …]}}; set labels: 0 for none')
+        raise BadFileError(f'{path}: {DESCRIPTION} must hold {{"labels": [[name, label], …]}}; set labels: 0 for none')
     known = {pair[0]: pair[1] for pair in pairs if isinstance(pair[0], str)}
     missing = [name for name in names if name not in known]
     if missing:
-        raise ValueError(f"{path}: {DESCRIPTION} has no label of {missing[0]} ({len(missing)} missing); add them")
+        raise BadFileError(f"{path}: {DESCRIPTION} has no label of {missing[0]} ({len(missing)} missing); add them")
     for name in names:
         label = known[name]
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < labels:
-            raise ValueError(f"{path}: {DESCRIPTION} gives {name} the label {label!r}, expected 0…{labels - 1}")
+            raise BadFileError(f"{path}: {DESCRIPTION} gives {name} the label {label!r}, expected 0…{labels - 1}")
     absent = sorted(set(known) - set(names))
     if absent:
-        raise ValueError(f"{path}: {absent[0]} is missing ({len(absent)} of {DESCRIPTION}'s images are); add them")
+        raise BadFileError(f"{path}: {absent[0]} is missing ({len(absent)} of {DESCRIPTION}'s images are); add them")
     return [known[name] for name in names]

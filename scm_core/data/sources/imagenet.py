@@ -15,6 +15,7 @@ import numpy as np
 
 from scm_core.data.sources.listing import SUFFIXES, Encoded, Files, Spans, labels_of
 from scm_core.data.sources.parquet import parquet_files, parquet_images
+from scm_core.disk import BadFileError
 
 CLASSES, IMAGES = 1000, 1_281_167
 # SHA-256 of the 1000 WordNet ids in ascending order, a line each: that of imagenet_synsets.txt in timm and of the ids in the package
@@ -32,7 +33,7 @@ def imagenet(folder: str | Path, name: str, channels: int, side: int, labels: in
     Found are, in this order: folders of classes (n01440764/…), ILSVRC2012_img_train.tar, the tars of its classes (n01440764.tar), and
     train-*.parquet; the first three in `PLACES`. Images are sorted by class and name, the same for all three; Parquet's are in its own
     order, shuffled as it is, because a row cannot be read without its neighbours. With `labels` 1000 classes and number of images must be
-    ILSVRC2012's; another number is a subset's, whose classes are counted. Raises FileNotFoundError if no form is there, and ValueError
+    ILSVRC2012's; another number is a subset's, whose classes are counted. Raises FileNotFoundError if no form is there, and BadFileError
     for what is incomplete or damaged.
     """
     folder = Path(folder)
@@ -107,7 +108,7 @@ def _parquet(folder: Path, name: str, shape: tuple[int, int, int], labels: int) 
         for file, value in zip(names, values, strict=True):
             match = WNID.search(file)
             if match is not None and index[match[0]] != value:
-                raise ValueError(
+                raise BadFileError(
                     f"{folder}: {file} has the label {value}, where class {match[0]} is number {index[match[0]]} in ascending order"
                 )
     return Encoded(name, container, names, labels_of(values), shape, str(folder), strict=False)
@@ -156,30 +157,30 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}: is cut off or no tar ({error}): get it again") from error
+        raise BadFileError(f"{path}: is cut off or no tar ({error}): get it again") from error
 
 
 def _check_images(names: Sequence[str], where: str) -> None:
     if not names:
-        raise ValueError(f"{where}: there is no image in it; get the class again")
+        raise BadFileError(f"{where}: there is no image in it; get the class again")
     for name in names:
         if os.path.splitext(name)[1].lower() not in SUFFIXES:
-            raise ValueError(f"{where}: {name} is no image by its name; keep nothing but images there")
+            raise BadFileError(f"{where}: {name} is no image by its name; keep nothing but images there")
 
 
 def check_classes(wnids: Sequence[str], labels: int, where: str) -> None:
-    """Raise ValueError unless these ids, in ascending order, are as many as `labels`, and ILSVRC2012's if they are 1000."""
+    """Raise BadFileError unless these ids, in ascending order, are as many as `labels`, and ILSVRC2012's if they are 1000."""
     if len(wnids) != labels:
         shown = f"{wnids[0]} … {wnids[-1]}" if wnids else "none"
-        raise ValueError(
+        raise BadFileError(
             f"{where}: has {len(wnids)} classes ({shown}), labels: {labels} expected; get those that are missing"
         )
     if labels == CLASSES and hashlib.sha256("".join(f"{w}\n" for w in wnids).encode()).hexdigest() != WNIDS_SHA256:
-        raise ValueError(f"{where}: its 1000 classes are not those of ILSVRC2012; get its training set")
+        raise BadFileError(f"{where}: its 1000 classes are not those of ILSVRC2012; get its training set")
 
 
 def _check_count(found: Encoded, labels: int) -> None:
     if labels == CLASSES and len(found.names) != IMAGES:
-        raise ValueError(
+        raise BadFileError(
             f"{found.where}: has {len(found.names)} images, the training set of ILSVRC2012 has {IMAGES}; get it again or what is missing"
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scm_core.data.sources.pixels import ImageError, pixels
+from scm_core.disk import BadFileError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 NAMED = 5  # files named in an error
@@ -160,23 +161,25 @@ class Zipped:
 def image_names(top: Path) -> Iterator[str]:
     """The paths of all image files below `top`, relative to it, in no order; names that begin with a dot are left out.
 
-    Raises ValueError for anything else there, so that no image is left out by its name.
+    Raises BadFileError for anything else there, so that no image is left out by its name.
     """
     seen = set()
 
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out
-        raise ValueError(f"{error.filename}: cannot be read: {error.strerror}; make the folder readable") from error
+        raise BadFileError(f"{error.filename}: cannot be read: {error.strerror}; make the folder readable") from error
 
     for parent, folders, files in os.walk(top, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:
-            raise ValueError(f"{parent}: is reached a second time through a link; remove the link")
+            raise BadFileError(f"{parent}: is reached a second time through a link; remove the link")
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(parent, top)
         for name in files:
             if not name.startswith(".") and not (inside == "." and name == "dataset.json"):
                 if os.path.splitext(name)[1].lower() not in SUFFIXES:
-                    raise ValueError(f"{parent}/{name}: is no image by its name; keep nothing but images in the folder")
+                    raise BadFileError(
+                        f"{parent}/{name}: is no image by its name; keep nothing but images in the folder"
+                    )
                 yield name if inside == "." else f"{inside}/{name}".replace(os.sep, "/")
 
 

@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from scm_core.data.sources.pixels import ImageError
+from scm_core.disk import BadFileError
 
 NAME = re.compile(r"train-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet")
 GET = "get it again"
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The shards train-00000-of-00294.parquet, … in `folder`, in order; ValueError if some of them are missing."""
+    """The shards train-00000-of-00294.parquet, … in `folder`, in order; BadFileError if some of them are missing."""
     found = {}
     for path in sorted(folder.glob("train-*.parquet")):
         match = NAME.fullmatch(path.name)
         if match is None:
-            raise ValueError(f"{path}: its name is not train-00000-of-00294.parquet, or of that form; rename it")
+            raise BadFileError(f"{path}: its name is not train-00000-of-00294.parquet, or of that form; rename it")
         found[int(match[1])] = path, int(match[2])
     if not found:
         return []
     total = next(iter(found.values()))[1]
     missing = [k for k in range(total) if k not in found]
     if missing:
-        raise ValueError(
+        raise BadFileError(
             f"{folder}: train-{missing[0]:05d}-of-{total:05d}.parquet is missing ({len(missing)} of {total} shards are); get them"
         )
     return [found[k][0] for k in range(total)]
@@ -37,7 +38,7 @@ def parquet_files(folder: Path) -> list[Path]:
 def parquet_images(files: Sequence[Path], labels: int) -> tuple[Rows, list[str], list[int]]:
     """Return what reads the rows of the shards, their names (the paths in them, or file and row) and their labels.
 
-    Raises ValueError for a shard that is damaged or has other columns, and for a label that is not in 0…labels − 1.
+    Raises BadFileError for a shard that is damaged or has other columns, and for a label that is not in 0…labels − 1.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -49,17 +50,17 @@ def parquet_images(files: Sequence[Path], labels: int) -> tuple[Rows, list[str],
             paths = table.column("image").combine_chunks().field("path").to_pylist()
             found = table.column("label").to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: is no readable Parquet file ({_line(error)}): {GET}") from error
+            raise BadFileError(f"{path}: is no readable Parquet file ({_line(error)}): {GET}") from error
         except KeyError as error:
-            raise ValueError(f"{path}: has no columns image {{bytes, path}} and label ({error}): {GET}") from error
+            raise BadFileError(f"{path}: has no columns image {{bytes, path}} and label ({error}): {GET}") from error
         for row, label in enumerate(found):
             if not isinstance(label, int) or not 0 <= label < labels:
-                raise ValueError(f"{path}: row {row} has the label {label!r}, expected 0…{labels - 1}")
+                raise BadFileError(f"{path}: row {row} has the label {label!r}, expected 0…{labels - 1}")
         names += [known or f"{path.name}:{row}" for row, known in enumerate(paths)]
         values += found
         starts.append(len(names))
     if len(set(values)) != labels:
-        raise ValueError(f"{files[0].parent}: its rows have {len(set(values))} labels, labels: {labels} expected")
+        raise BadFileError(f"{files[0].parent}: its rows have {len(set(values))} labels, labels: {labels} expected")
     return Rows(files, starts), names, values
 
 
