@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import paths
 from pipeline.context import Context
+from pipeline.errors import PipelineError
 from pipeline.files import sha256_file
-from pipeline.params import Slot
-from scm_core.autoencoder_kl import AutoencoderKL
+from pipeline.params import PretrainedVae, Slot
+from scm_core.autoencoder_kl import KNOWN, AutoencoderKL, Pretrained, load_pretrained
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import load_model
 from scm_core.objectives import Batch
@@ -99,3 +101,20 @@ def load_vae(folder: Path) -> VAE | AutoencoderKL:
     model = load_model(folder / VAE_FILE)
     assert isinstance(model.net, VAE | AutoencoderKL)
     return model.net
+
+
+def find_vae(name: str, wanted: PretrainedVae, channels: int) -> Pretrained:
+    """A published autoencoder, verified, or `PipelineError` of the job `name`; images have `channels`."""
+    source = wanted.pretrained if wanted.pretrained in KNOWN else paths.root() / wanted.pretrained
+    try:
+        found = load_pretrained(source, wanted.sha256)
+    except (FileNotFoundError, ValueError) as error:
+        raise PipelineError(f"{name}: {error}") from error
+    for key, said in wanted.sizes(channels)._asdict().items():
+        if (size := getattr(found.net, key)) != said:
+            section = "dataset" if key == "channels" else "vae"
+            raise PipelineError(
+                f"{name}: {section}.{key} is {said} in params.yaml, and the VAE {wanted.pretrained} has {size}: change it, or use another "
+                "VAE"
+            )
+    return found
