@@ -20,6 +20,7 @@ from scm_core.autoencoder_kl import KNOWN, AutoencoderKL, Pretrained, load_pretr
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import load_model
 from scm_core.objectives import Batch
+from scm_core.precision import full_precision
 from scm_core.seeds import Shard, derive_seed
 from scm_core.train.distributed import SINGLE, Ranks
 from scm_core.train.state import TrainSettings
@@ -93,7 +94,8 @@ class Decoder:
         if self.vae is None or self.store is None:
             return to_uint8(x0)
         latents = self.store.decode_scale(x0)
-        return torch.cat([to_uint8(self.vae.decode(part)) for part in latents.split(self.batch)])
+        with full_precision(latents.device):
+            return torch.cat([to_uint8(self.vae.decode(part)) for part in latents.split(self.batch)])
 
 
 def load_vae(folder: Path) -> VAE | AutoencoderKL:

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from pipeline import registry
+from pipeline.autoencoders import PUBLISHED
 from pipeline.context import Context
 from pipeline.errors import PipelineError
 from pipeline.job import Job
@@ -26,6 +27,7 @@ from pipeline.params import Params, read_yaml, validate
 from pipeline.paths import MANIFEST
 from pipeline.stages import dataset, evaluate, features, latents, reconstruction, reference, student, teacher, vae
 from pipeline.tables import floor_note
+from scm_core.autoencoder_kl import KNOWN, AutoencoderKL
 from scm_core.compat import prepare_torchvision
 from scm_core.data import load_images, load_latents, writing
 from scm_core.disk import file_digest
@@ -168,6 +170,15 @@ def test_from_images_to_samples_and_the_floor(repository: Path, published: Path,
     )
     assert 0 <= row["precision"] <= 1
     assert f"FID {row['fid']:.3f} ± {row['fid_se']:.3f} of 20 images" in floor_note(folder)
+
+
+def test_params_know_the_sizes_of_published_autoencoders() -> None:
+    """Without torch; the library's own networks are the oracle."""
+    assert PUBLISHED.keys() == KNOWN.keys()
+    for name, known in KNOWN.items():
+        with torch.device("meta"):
+            net = AutoencoderKL(**known.config)
+        assert PUBLISHED[name] == (net.channels, net.latent_channels, net.downsampling)
 
 
 def test_given_statistics_scale_the_latents(repository: Path, section: dict[str, Any]) -> None:
