@@ -25,6 +25,7 @@ PUBLISHED_VAE = (30, 335e6)  # seconds and bytes of sd-vae-ft-mse, without its d
 VAE = 40 / (1000 * 64 * 24**2)  # seconds per image and width², an iteration of the demo's VAE at 32×32
 FEATURES = 12 / (600 * 64)  # seconds per image, an iteration of the demo's classifier
 IMAGE = 0.9e-3  # seconds to decode one of the demo's samples and take its features
+IMPORT = 20e-9  # seconds per byte of an imported network: reading, verifying, writing; assumed
 TOY = 35e-6 / 64  # seconds per point and unit of width, an iteration of Figure 3's networks
 IMAGES = {"mnist5k": 5000, "digits": 1797, "cifar10": 50_000, "imagenet": 1_281_167}  # in a source
 DIMS = {"inception": 2048, "dinov2": 1024}  # features of an image
@@ -198,7 +199,11 @@ def _dims(slot: Slot) -> int:
 
 @_of_slot
 def teacher(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Training a teacher."""
+    """Training a teacher, or importing one, without a GPU: whether it fits is known before a student asks for some."""
+    own = slot.sizes[axes["size"]]
+    if own.imported:
+        weights = 4 * own.network.weights(slot.items)
+        return _resources(scale, weights + 1 * MB, seconds=IMPORT * weights)
     return _training(scale, slot, axes["size"], "teacher")
 
 

@@ -113,6 +113,14 @@ def figure2_inputs(point: Point) -> dict[str, Path]:
     return {**inputs, **point.decoder(), **evaluations(point)}
 
 
+def teacher_keys(point: Point) -> tuple[str, ...]:
+    """What a teacher depends on: its training, or the file that it is imported from."""
+    size = f".sizes.{point.axes['size']}"
+    if point.slot.sizes[point.axes["size"]].imported is None:
+        return network_keys(point, "teacher")
+    return (".sigma_data", f"{size}.network", f"{size}.imported")
+
+
 def network_keys(point: Point, section: str) -> tuple[str, ...]:
     """What the training of a network depends on, as `section` of its size has it."""
     size = f".sizes.{point.axes['size']}"

@@ -20,6 +20,7 @@ from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
 from pipeline.hardware import Hardware
+from pipeline.imported import UNDROPPED, Imported
 from pipeline.networks import Items, Network
 from pipeline.sections import (
     Engine,
@@ -52,6 +53,8 @@ class Size(Model):
 
     network: Network
     engine: Engine = Engine()
+    imported: Imported | None = None
+    """A published network that is the teacher, which then is not trained."""
     teacher: TeacherTraining
     students: Annotated[Mapping[StudentName, Student], Field(min_length=1)]
     """Those of the slot's students that are trained at this size."""
@@ -113,6 +116,10 @@ class Slot(Model):
     def _check_size(self, size: str) -> None:
         teacher, grid = self.teacher_for(size), self.evaluation.guidance
         self._check_network(size)
+        imported = self.sizes[size].imported
+        if imported and imported.format in UNDROPPED and teacher.label_dropout > 0:
+            what = f"must be 0, as networks of format {imported.format} are trained without dropping labels"
+            raise problem(f"sizes.{size}.teacher.label_dropout", f"{what}, so that they cannot be guided")
         if teacher.label_dropout > 0 and not self.dataset.labels:
             raise problem("teacher.label_dropout", "must be 0 for a dataset without labels")
         guidable = teacher.label_dropout > 0

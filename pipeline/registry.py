@@ -94,11 +94,11 @@ _DECLARED = (
     ),
     Stage(
         "teacher",
-        "train a diffusion model",
+        "train a diffusion model, or import a published one",
         axes=("slot", "size"),
         expand=expansion.sizes,
         inputs=lambda p: {**p.data(), **p.decoder()},
-        params=lambda p: expansion.network_keys(p, "teacher"),
+        params=expansion.teacher_keys,
         cost=costs.teacher,
     ),
     Stage(
