@@ -20,7 +20,7 @@ from pipeline.sections import BasicTraining, Training
 START = 6.0  # seconds to start Python with torch and MLflow
 GPU_START = 300.0  # the same on a cluster, with compilation of the networks and the data at hand; assumed
 # FLOP/s of one CPU thread: the demo's teacher of size M (2,500 iterations of 64, 3 · 12.6 MFLOP an image) takes 108 s beside another job
-CPU_FLOPS = 2500 * 64 * 3 * 12.57e6 / 108
+CPU_FLOPS = 2500 * 64 * 3 * 12.59e6 / 108
 PUBLISHED_VAE = (30, 335e6)  # seconds and bytes of sd-vae-ft-mse, without its download
 VAE = 40 / (1000 * 64 * 24**2)  # seconds per image and width², an iteration of the demo's VAE at 32×32
 FEATURES = 12 / (600 * 64)  # seconds per image, an iteration of the demo's classifier
