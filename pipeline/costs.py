@@ -239,7 +239,7 @@ def _training(scale: Scale, slot: Slot, size: str, method: str) -> Resources:
 
 @_of_slot
 def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Sampling the guidance sweep and the reported sets: those of the best scale and those of scale 1."""
+    """Sampling the guidance sweep and the reported sets: those of scale 1 and of each feature space's best one."""
     plan, method = slot.evaluation, axes["method"]
     reported = plan.report_sets * plan.samples
     student = None if method == "teacher" else slot.student_for(axes["size"], method)
@@ -248,7 +248,7 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     if guidable:
         others = sum(scale != 1 for scale in plan.guidance)
         unguided += plan.select_samples
-        guided += others * plan.select_samples + (reported if others else 0)
+        guided += others * plan.select_samples + min(len(plan.spaces), others) * reported
     if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
         passes, images = steps * (unguided + 2 * guided), unguided + guided
