@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scm_core.evaluate.moments import CHUNK, Moments, check_features
+from scm_core.evaluate.moments import CHUNK, Moments, check_features, gram
 
 
 class FidResult(NamedTuple):
@@ -76,15 +76,17 @@ def transport_map(cov1: Tensor, cov2: Tensor) -> Tensor:
     return half @ half.T
 
 
-def frechet_with_error(features_fake: Tensor, ref_moments: Moments, ref_root: Tensor | None = None) -> FidResult:
+def frechet_with_error(
+    features_fake: Tensor, ref_moments: Moments, ref_root: Tensor | None = None, moments: Moments | None = None
+) -> FidResult:
     """Return the Fréchet distance of features (N, D) to a reference, with its standard error and bias.
 
     Both follow from the derivatives of d² towards single samples (infinitesimal jackknife). With x̃_i = x_i − μ and T
     the transport map from the samples' Gaussian to the reference's, the first is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i
     up to a constant, and se = sd(IF)/√N. The mean of the second over 2N is the bias. For the mean it is tr Σ₁/N. For the
-    covariance, with Σ₂ = RᵀR, RΣ₁Rᵀ = V diag(a) Vᵀ, u = VᵀRx̃ and h = uuᵀ − diag(a), it is
+    covariance, with Σ₂ = RᵀR, RΣ₁Rᵀ = V diag(a) Vᵀ, u = diag(a)^{−½} VᵀRx̃ (of unit covariance) and h = uuᵀ − I, it is
 
-        (1/2N) Σ_ij E[h_ij²] / (√a_i √a_j (√a_i + √a_j)),
+        (1/2N) Σ_ij E[h_ij²] √a_i √a_j / (√a_i + √a_j),
 
     over positive a (a sample has no part in the others). The first derivative brings no bias: Σ₁ is the unbiased
     covariance. Equal Gaussians of covariance I have D/N + D(D + 1)/4N. Terms of order (D/N)² are left out: for those
@@ -95,15 +97,17 @@ def frechet_with_error(features_fake: Tensor, ref_moments: Moments, ref_root: Te
     sd(IF) holds the spread between classes, which a fixed number of each leaves no room to vary; the bias does likewise.
     For N ≤ D the samples' covariance is singular, the expansion does not hold and the bias is None; value and error then
     come from the N×N matrix X̃Σ₂X̃ᵀ/(N − 1), which has the same positive eigenvalues. Otherwise the reference's root is
-    taken from `ref_root` (`triangular_root`), if given. Raises `ValueError` for N < 2, another D or features that are not
-    finite.
+    taken from `ref_root` (`triangular_root`), if given; what goes over samples (u, h) is in float32, if they are, the
+    distance itself in float64. `moments` of the features, if known, save work. Raises `ValueError` for N < 2, another D or
+    features that are not finite.
     """
     check_features(features_fake, ref_moments.dim, "generated features")
     features, count = features_fake.detach().cpu(), len(features_fake)
     if count < 2:
         raise ValueError(f"a Fréchet distance needs at least 2 samples, got {count}")
-    moments, mean2, cov2 = Moments.of(features), ref_moments.mean, ref_moments.cov
-    mean1, cov1 = moments.mean, moments.cov
+    mean2, cov2 = ref_moments.mean, ref_moments.cov
+    known = Moments.of(features) if moments is None else moments
+    mean1, cov1 = known.mean, known.cov
     if count <= ref_moments.dim:
         coupling = _coupling_of_few(features, mean1, cov2)
     else:
@@ -127,16 +131,16 @@ def _coupling_of_many(features: Tensor, mean: Tensor, cov1: Tensor, root2: Tenso
     eigenvalues, vectors = torch.linalg.eigh(_lower_product(cov1, root2))
     _require_psd(eigenvalues, float(cov1.norm() * root2.norm() ** 2), "first")
     roots, positive = _positive_roots(eigenvalues)
-    to_u = root2.T @ vectors[:, positive]
+    to_u = (root2.T @ (vectors[:, positive] / roots)).to(torch.promote_types(features.dtype, torch.float32))
     del vectors  # as large as a covariance
     transported, fourth = [], torch.zeros(len(roots), len(roots), dtype=torch.float64)
     for x in _centred(features, mean):
-        squares = (x @ to_u).square()
-        transported.append(squares @ roots.reciprocal())
-        fourth += squares.T @ squares
+        squares = (x.to(to_u.dtype) @ to_u).square()
+        transported.append(squares.double() @ roots)
+        fourth += gram(squares)
     h = fourth.div_(len(features))
-    h.diagonal().sub_(((1 - 1 / len(features)) * eigenvalues[positive]).square())  # less the square of u²'s mean
-    curvature = h.div_(torch.outer(roots, roots)).div_(roots[:, None] + roots).sum()
+    h.diagonal().sub_((1 - 1 / len(features)) ** 2)  # the square of ũ²'s mean: covariances divide by N − 1
+    curvature = (h * torch.outer(roots, roots) / (roots[:, None] + roots)).sum()
     return _Coupling(float(eigenvalues.clamp(min=0).sqrt().sum()), torch.cat(transported), float(curvature))
 
 

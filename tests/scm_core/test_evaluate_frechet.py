@@ -363,3 +363,16 @@ def test_the_error_is_an_upper_estimate_for_class_balanced_samples() -> None:
         spread = torch.tensor([result.value for result in results]).std()
         error = torch.tensor([result.se for result in results]).mean()
         assert low < float(spread / error) < high
+
+
+def test_float32_features_have_float64s_distance_and_nearly_its_error_and_bias() -> None:
+    """Also where the spectrum falls to where float32 has no digits left beside the largest eigenvalue."""
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.logspace(0, -5, 40, dtype=torch.float64)  # standard deviations
+    x, y = (torch.randn(900, 40, generator=generator, dtype=torch.float64) * decay for _ in range(2))
+    features = (1.1 * x + 0.1).float()
+    single, double = (frechet_with_error(given, Moments.of(y)) for given in (features, features.double()))
+    assert single.value == double.value
+    assert single.se == pytest.approx(double.se, rel=1e-5)
+    assert single.bias == pytest.approx(double.bias, rel=1e-5)
+    assert frechet_with_error(features, Moments.of(y), moments=Moments.of(features)) == single
