@@ -86,7 +86,8 @@ def frechet_with_error(
     Both follow from the derivatives of d² towards single samples (infinitesimal jackknife). With x̃_i = x_i − μ and T
     the transport map from the samples' Gaussian to the reference's, the first is IF_i = 2(μ − μ_ref)·x̃_i + x̃_iᵀ(I − T)x̃_i
     up to a constant, and se² = sd(IF)²/N but for a term of second order (below). The mean of the second over 2N is the
-    bias. For the mean it is tr Σ₁/N. For the covariance, with Σ₂ = RᵀR, RΣ₁Rᵀ = V diag(a) Vᵀ, u = diag(a)^{−½} VᵀRx̃ (of unit covariance) and h = uuᵀ − I, it is
+    bias. For the mean it is tr Σ₁/N. For the covariance, with Σ₂ = RᵀR, RΣ₁Rᵀ = V diag(a) Vᵀ, u = diag(a)^{−½} VᵀRx̃ (of
+    unit covariance) and h = uuᵀ − I, it is
 
         (1/2N) Σ_ij E[h_ij²] √a_i √a_j / (√a_i + √a_j),
 
