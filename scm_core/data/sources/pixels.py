@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MODES = {1: "L", 3: "RGB"}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 PLAIN = ("1", "L", "RGB", "CMYK", "YCbCr")  # modes that Pillow converts without a loss that matters
@@ -31,7 +31,7 @@ def decode(data: bytes, channels: int, strict: bool = True) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             frames = getattr(image, "n_frames", 1)
-            if strict and image.format not in ("JPEG", "MPO") and frames > 1:  # a camera's JPEG may hold a preview
+            if strict and image.format not in ("JPEG", "MPO") and frames > 1:  # MPO: a camera's JPEG with a preview
                 raise ImageError(f"has {frames} frames: keep one of them")
             image.load()
             return _converted(image, MODES[channels], strict)
