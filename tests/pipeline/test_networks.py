@@ -49,8 +49,8 @@ def test_the_library_takes_what_a_section_says(data: dict[str, Any]) -> None:
     assert count_parameters(net) == pytest.approx(network.weights(Items(channels, resolution, 10)), rel=0.005)
     assert not resolution % network.downsampling
     arguments = set(inspect.signature(ARCHITECTURES[network.architecture]).parameters) - FROM_ELSEWHERE
-    # the seed of Fourier features is no setting; the small network's patch is the one that `downsampling` says
-    assert arguments - {"fourier_seed", "patch"} == set(type(network).model_fields) - {"architecture"}
+    # Fourier features' seed is no setting, their waves are those of an imported network; the small network's patch is `downsampling`
+    assert arguments - {"fourier_seed", "waves", "patch"} == set(type(network).model_fields) - {"architecture"}
 
 
 def changed(data: dict[str, Any], **change: Any) -> dict[str, Any]:
