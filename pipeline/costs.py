@@ -20,14 +20,16 @@ from pipeline.sections import BasicTraining, Training
 START = 6.0  # seconds to start Python with torch and MLflow
 GPU_START = 300.0  # the same on a cluster, with compilation of the networks and the data at hand; assumed
 # FLOP/s of one CPU thread: the demo's teacher of size M (2,500 iterations of 64, 3 · 12.6 MFLOP an image) takes 108 s beside another job
-CPU_FLOPS = 2500 * 64 * 3 * 12.57e6 / 108
+CPU_FLOPS = 2500 * 64 * 3 * 12.59e6 / 108
 PUBLISHED_VAE = (30, 335e6)  # seconds and bytes of sd-vae-ft-mse, without its download
 VAE = 40 / (1000 * 64 * 24**2)  # seconds per image and width², an iteration of the demo's VAE at 32×32
 FEATURES = 12 / (600 * 64)  # seconds per image, an iteration of the demo's classifier
 IMAGE = 0.9e-3  # seconds to decode one of the demo's samples and take its features
 IMPORT = 20e-9  # seconds per byte of an imported network: reading, verifying, writing; assumed
 TOY = 35e-6 / 64  # seconds per point and unit of width, an iteration of Figure 3's networks
-IMAGES = {"mnist5k": 5000, "digits": 1797}  # in a source
+# In a source; images of one's own are counted when they are read, and until then taken for so many.
+IMAGES = {"mnist5k": 5000, "digits": 1797, "cifar10": 50_000, "imagenet": 1_281_167, "images": 50_000}
+DECODING = {"imagenet": 0.02, "images": 0.02}  # seconds per image to decode and crop a photograph; assumed
 DIMS = {"inception": 2048, "dinov2": 1024}  # features of an image
 # FLOPs that scm_core.train.flops counts: per image of 299×299 (Inception v3) and 224×224 (ViT-L/14), per pixel of sd-vae-ft-mse at 512×512
 EXTRACTOR_FLOPS = {"inception": 11.4e9, "dinov2": 162e9}
@@ -87,19 +89,21 @@ class Resources:
 def _resources(
     scale: Scale, bytes: float, flops: float = 0, seconds: float = 0, scratch: float = 0, processes: int = 1
 ) -> Resources:
-    """Those of a job of so many FLOPs on each of `processes`, and so many seconds of other work on one CPU thread."""
+    """Those of a job of so many FLOPs and so many seconds of other work on one CPU thread, which its processes share.
+
+    In a scale with GPUs each process has one, if the job has FLOPs to speak of; else it has a core.
+    """
     hardware, size, work = scale.hardware, int(bytes), int(scratch)
-    if hardware is None:
-        # One thread: two small runs at once beat one run on two threads. A limit far above the expectation, and above ten
-        # minutes in any case: SLURM takes a preemption within the last ten for a time-out.
-        total = START + (flops / CPU_FLOPS + seconds) / processes
-        return Resources(
-            processes, 3000 * processes, 0, max(30, math.ceil(4 * total / 60)), round(total, 1), size, work
-        )
-    total = GPU_START + flops / (processes * hardware.flops) + seconds
-    minutes = min(max(60, math.ceil(2 * total / 60)), math.floor(60 * hardware.time_limit_hours))
-    threads, memory = processes * hardware.cpus_per_gpu, int(processes * hardware.host_memory_per_gpu_gb * 1024)
-    return Resources(threads, memory, processes if flops else 0, minutes, round(total, 1), size, work)
+    gpus = processes if hardware and flops else 0
+    rate = hardware.flops if hardware else CPU_FLOPS
+    total = (GPU_START if gpus else START) + (flops / rate + seconds) / processes
+    # A limit far above the expectation, and above ten minutes in any case: SLURM takes a preemption within the last ten for a time-out.
+    minutes = max(30, math.ceil((2 if gpus else 4) * total / 60))
+    threads, memory = processes, 3000 * processes  # one thread each: two small runs at once beat one run on two threads
+    if hardware and gpus:
+        minutes = min(minutes, math.floor(60 * hardware.time_limit_hours))
+        threads, memory = gpus * hardware.cpus_per_gpu, int(gpus * hardware.host_memory_per_gpu_gb * 1024)
+    return Resources(threads, memory, gpus, minutes, round(total, 1), size, work)
 
 
 def _of_slot(
@@ -134,7 +138,10 @@ def training_flops(slot: Slot, size: str, method: str) -> float:
 def dataset(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Reading and padding the images."""
     wanted = slot.dataset
-    return _resources(scale, IMAGES[wanted.source] * wanted.resolution**2 * wanted.channels, seconds=5)
+    images = IMAGES[wanted.source]
+    seconds = 5 + images * DECODING.get(wanted.source, 0.0)
+    size = images * wanted.resolution**2 * wanted.channels
+    return _resources(scale, size, seconds=seconds, processes=wanted.engine.processes)
 
 
 @_of_slot
@@ -167,7 +174,7 @@ def reconstruction(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resourc
     images = min(slot.evaluation.samples, IMAGES[slot.dataset.source])
     if scale.hardware is None:
         return _resources(scale, 1 * MB, seconds=5 + IMAGE * images)
-    return _resources(scale, 1 * MB, flops=images * _image_flops(slot), processes=slot.vae.engine.processes)
+    return _resources(scale, 1 * MB, flops=images * _image_flops(slot), processes=slot.evaluation.processes)
 
 
 @_of_slot
@@ -232,7 +239,7 @@ def _training(scale: Scale, slot: Slot, size: str, method: str) -> Resources:
 
 @_of_slot
 def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Sampling the guidance sweep and the reported sets: those of the best scale and those of scale 1."""
+    """Sampling the guidance sweep and the reported sets: those of scale 1 and of each feature space's best one."""
     plan, method = slot.evaluation, axes["method"]
     reported = plan.report_sets * plan.samples
     student = None if method == "teacher" else slot.student_for(axes["size"], method)
@@ -241,7 +248,7 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     if guidable:
         others = sum(scale != 1 for scale in plan.guidance)
         unguided += plan.select_samples
-        guided += others * plan.select_samples + (reported if others else 0)
+        guided += others * plan.select_samples + min(len(plan.spaces), others) * reported
     if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
         passes, images = steps * (unguided + 2 * guided), unguided + guided

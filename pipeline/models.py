@@ -16,13 +16,13 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.autoencoders import AnyVae, PretrainedVae, Sizes
+from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
 from pipeline.hardware import Hardware
 from pipeline.imported import UNDROPPED, Imported
 from pipeline.networks import Items, Network
 from pipeline.sections import (
-    Dataset,
     Engine,
     Evaluation,
     Features,

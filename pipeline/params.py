@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +18,13 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.autoencoders import TAGS, PretrainedVae, Vae
+from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2
 from pipeline.models import Params, Scale, Size, Slot
 from pipeline.networks import Network, SmallNetwork
 from pipeline.sections import (
     BasicTraining,
-    Dataset,
     Decay,
     Engine,
     Evaluation,
@@ -120,7 +120,9 @@ class _Yaml12(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # own table, not the parent's
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, where keys are still those of the file: to construct a section lays others below it, and puts their keys beside its own.
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -129,7 +131,7 @@ class _Yaml12(yaml.SafeLoader):
                 what = f"key '{key.value}' is given twice"
                 raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+        return node
 
 
 def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:

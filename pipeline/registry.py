@@ -33,18 +33,18 @@ from pipeline.errors import RegistryError, suggestion
 from pipeline.job import REPORTS, Job, Stage
 from pipeline.params import Params
 
-__all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "find", "jobs", "parents", "settings"]
+__all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "ends", "find", "jobs", "parents", "settings"]
 
 
 # In topological order.
 _DECLARED = (
     Stage(
         "dataset",
-        "read and pad the images",
+        "read, crop and store the images",
         axes=("slot",),
         expand=expansion.slots,
         inputs=lambda p: {},
-        params=lambda p: (".dataset",),
+        params=lambda p: p.slot.dataset.keys(),
         cost=costs.dataset,
     ),
     Stage(
@@ -125,7 +125,7 @@ _DECLARED = (
         axes=(),
         expand=expansion.of_table2,
         inputs=lambda p: {**expansion.evaluations(p), **p.inputs("reconstruction")},
-        params=lambda p: (".dataset", ".evaluation"),
+        params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
         cost=costs.report,
         reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
         reads=(REPORTS / "paper" / "table2.csv",),
@@ -156,7 +156,7 @@ _DECLARED = (
         axes=(),
         expand=expansion.of_figure7,
         inputs=expansion.guided_evaluations,
-        params=lambda p: (".dataset", ".evaluation"),
+        params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
         cost=costs.figure,
         reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),
     ),
@@ -175,6 +175,13 @@ def parents(job: Job, among: Iterable[Job]) -> list[Job]:
     """The jobs of `among` whose outputs `job` reads, in the order of its inputs."""
     makers = {output: maker for maker in among for output in maker.outputs}
     return list({maker.name: maker for path in job.inputs.values() if (maker := makers.get(path))}.values())
+
+
+def ends(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs whose outputs no other of them reads: who wants these wants them all."""
+    everything = list(jobs)
+    read = {path for job in everything for path in job.inputs.values()}
+    return [job for job in everything if not read & set(job.outputs)]
 
 
 def critical_path(jobs: Iterable[Job]) -> dict[str, float]:
