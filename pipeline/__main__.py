@@ -25,11 +25,12 @@ MODULES = {
     "import": "a published network as a teacher: what it is, whether it fits, the lines for params.yaml",
     "evaluate": "measure trained models, or folders of PNG files",
     "compare": "two trained models or folders of PNG files, with each other and against the data",
+    "export": "a trained model for others: safetensors or a pipeline of diffusers, with a model card",
     "doctor": "check the installation and say what is missing",
     "watch": "run a command and show the progress of the jobs that it starts",
     "sync": "make what one engine has made known to the other (DVC, Snakemake)",
 }
-FILES = {"import": "importing"}
+FILES = {"import": "importing", "export": "exporting"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

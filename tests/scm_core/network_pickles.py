@@ -2,7 +2,8 @@
 """Network pickles in the layout of EDM and EDM2, small, and what such networks compute, written from the papers in float64.
 
 Nothing here calls the project's networks. The pickles are written by Python's own pickle from real torch modules, with the stand-ins
-below for what the projects' code would put there: `torch_utils.persistence._reconstruct_persistent_obj` with source code that, run, writes a file.
+below for what the projects' code would put there: `torch_utils.persistence._reconstruct_persistent_obj` with source code that, run, writes
+a file.
 """
 
 import itertools
