@@ -113,6 +113,13 @@ def figure2_inputs(point: Point) -> dict[str, Path]:
     return {**inputs, **point.decoder(), **evaluations(point)}
 
 
+def teacher_inputs(point: Point) -> dict[str, Path]:
+    """A teacher that is imported needs no data: whether it is the right one is known before anything is encoded or trained."""
+    if point.slot.sizes[point.axes["size"]].imported is not None:
+        return {}
+    return {**point.data(), **point.decoder()}
+
+
 def teacher_keys(point: Point) -> tuple[str, ...]:
     """What a teacher depends on: its training, or the file that it is imported from."""
     size = f".sizes.{point.axes['size']}"

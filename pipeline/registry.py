@@ -97,7 +97,7 @@ _DECLARED = (
         "train a diffusion model, or import a published one",
         axes=("slot", "size"),
         expand=expansion.sizes,
-        inputs=lambda p: {**p.data(), **p.decoder()},
+        inputs=expansion.teacher_inputs,
         params=expansion.teacher_keys,
         cost=costs.teacher,
     ),

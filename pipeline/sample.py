@@ -99,5 +99,8 @@ def draw(
     indices = range(seed, seed + len(labels))
     shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
     noise = noise_of(student, indices, shape, steps or (max(student.steps) if student else 1))
-    decode = Decoder(slot, {name: paths.root() / path for name, path in job.inputs.items()})
+    # those of its evaluation: an imported teacher needs no latents to be made, and some to be looked at
+    axes = {"method": "teacher", **job.axes}
+    inputs = registry.find(params, "evaluate", axes).inputs
+    decode = Decoder(slot, {name: paths.root() / path for name, path in inputs.items()})
     save_grid(decode(samples(slot, student, model.net, noise, labels, guidance)), output, columns)

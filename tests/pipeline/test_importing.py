@@ -5,6 +5,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import __main__, registry
+from pipeline import __main__, manifest, registry
 from pipeline.errors import PipelineError
 from pipeline.importing import fault
 from pipeline.params import ParamsError, read_yaml, validate
@@ -85,9 +86,14 @@ def parameters(weights: Path, **changes: Any) -> dict[str, Any]:
 def run(root: Path, data: dict[str, Any], stage: str, **axes: str) -> Path:
     """The output of a stage, made as the executor would have it made."""
     params = validate(data)
-    context = context_of(root, params, registry.find(params, stage, {"slot": SLOT, **axes}))
+    job = registry.find(params, stage, {"slot": SLOT, **axes})
+    inputs = manifest.read_inputs(job)
+    mark = manifest.fingerprint(job, params, inputs)
+    runs = {name: str(item.run) for name, item in inputs.items()}
+    context = replace(context_of(root, params, job), run_id=manifest.run_id(job, mark), input_runs=runs)
     STAGES[stage].run(context)
-    (context.out / "manifest.json").write_text(json.dumps({"run": context.run_id}))
+    made = manifest.build(job, params, inputs, mark, context.out)
+    (context.out / "manifest.json").write_text(json.dumps(made))
     return context.out
 
 
@@ -109,6 +115,41 @@ def test_from_the_file_to_an_evaluated_student(repository: Path, weights: Path, 
         rows = pd.read_csv(run(repository, data, "evaluate", size="S", method=method) / "sweep.csv")
         assert (rows.fid > 0).all()
     assert not (tmp_path / "trap").exists()
+    export_with_a_card(repository, data)
+
+
+def export_with_a_card(root: Path, data: dict[str, Any]) -> None:
+    """Student and teacher for others: what the card says is what the runs say."""
+    (root / "params.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    name = f"student-{SLOT}-S-scd"
+    assert __main__.main(["export", name, "-o", "out/pipeline", "--format", "diffusers"]) == 0
+    assert __main__.main(["export", name, "-o", "out/weights"]) == 0
+    assert __main__.main(["export", f"teacher-{SLOT}-S", "-o", "out/teacher"]) == 0
+    made = {
+        stage: read(root / f"runs/smoke/{SLOT}/{stage}/manifest.json")
+        for stage in ("teacher/S", "student/S/scd", "dataset")
+    }
+    facts = read(root / f"runs/smoke/{SLOT}/evaluate/S/scd/evaluation.json")
+    for folder in ("pipeline", "weights"):
+        text = (root / "out" / folder / "README.md").read_text()
+        front = yaml.safe_load(text.split("---")[1])
+        assert front["license"] == "cc-by-nc-sa-4.0"
+        assert "**CC BY-NC-SA 4.0**: these weights descend from published ones" in text
+        assert "Karras2022edm" in text
+        assert all(f"{entry['run']}, commit not recorded" in text for entry in made.values())
+        assert f"{facts['reported']['1-step']['fid']:.4g}" in text
+        settings = json.loads(text.partition("```json\n")[2].partition("```")[0])
+        assert settings == made["student/S/scd"]["params"]
+    assert "pipe(labels=[0, 1, 2], num_inference_steps=2)" in (root / "out/pipeline/README.md").read_text()
+    assert (root / "out/weights/model.safetensors").read_bytes() == (
+        root / f"runs/smoke/{SLOT}/student/S/scd/model.safetensors"
+    ).read_bytes()
+    assert not list((root / "out").glob(".*"))  # no drafts
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def test_the_job_depends_on_the_file_and_the_network_and_needs_no_gpu(weights: Path) -> None:
@@ -239,6 +280,16 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[[str], int]:
             "evil.pkl: imports 'posix.system', which is not of the format: nothing of the file was run",
         ),
         ("import data.pkl", "data.pkl: holds no network under 'ema'"),
+        (
+            "export student-pixel_cond-S-scd -o out",
+            "student-pixel_cond-S-scd: not trained yet; run it with: python -m pipeline run student",
+        ),
+        ("export student-pixel_cond-S-scd -o .", ".: is there already; name a new folder, or remove it"),
+        (
+            "export teacher-pixel_cond-S -o out --format diffusers",
+            "a diffusers pipeline is made of a student; use --format safetensors",
+        ),
+        ("export student-pixel_cond-L -o out", "student-pixel_cond-L: no teacher or student of scale smoke"),
     ],
 )
 def test_by_hand_it_refuses_in_one_sentence(
