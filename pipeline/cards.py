@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,8 @@ def card(subject: Subject) -> str:
 
 
 def _front(subject: Subject) -> str:
-    licence = TAGS.get(str(subject.info.get("licence")), "other")
+    stated = str(subject.info.get("licence", "other"))
+    licence = TAGS.get(stated, stated if re.fullmatch(r"[a-z0-9.-]+", stated) else "other")
     lines = [
         "---",
         f"license: {licence}",

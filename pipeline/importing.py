@@ -28,10 +28,14 @@ def main(argv: list[str]) -> int:
     """Say what a network is, whether it fits a slot, what to put into params.yaml; write it as a model file if asked to."""
     parser = Parser(
         prog="python -m pipeline import",
-        description="Import a published network (EDM, EDM2) as a teacher; nothing of it is run.",
+        description="Import a published network (EDM, EDM2, diffusers) as a teacher; nothing of a pickle is run.",
     )
-    parser.add_argument("file", metavar="FILE", help="a network pickle: a path, or a name in the folder of weights")
-    parser.add_argument("--format", choices=("edm", "edm2"), help="default: as the file says")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="a network pickle, or a folder of diffusers: a path, or a name in the folder of weights",
+    )
+    parser.add_argument("--format", choices=("edm", "edm2", "diffusers"), help="default: as the file says")
     parser.add_argument("--slot", help="compare it with what this slot of params.yaml has, at --size")
     parser.add_argument("--size", help="of the slot")
     parser.add_argument("--scale", help="of params.yaml (default: the active one)")
@@ -41,10 +45,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if (options.slot is None) != (options.size is None):
         raise PipelineError("--slot and --size go together: give both or neither")
-    teacher, path, kind = _read(options.file, options.format)
-    print(described(teacher, path, kind))
-    if options.slot is not None:
-        slot = _slot(options.scale, options.slot, options.size)
+    slot = _slot(options.scale, options.slot, options.size) if options.slot is not None else None
+    teacher, path, kind = _read(options.file, options.format, slot.sigma_data if slot else 0.5)
+    print(described(teacher, path, options.file, kind))
+    if slot is not None:
         if wrong := fault(teacher, slot, options.size):
             raise PipelineError(f"{path.name}: {wrong}")
         print(f"\nfits size {options.size} of slot {options.slot}")
@@ -53,13 +57,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _read(file: str, kind: str | None) -> tuple[Teacher, Path, str]:
+def _read(file: str, kind: str | None, sigma_data: float) -> tuple[Teacher, Path, str]:
     from scm_core.interop.teachers import kind_of, locate, read_teacher
 
     try:
         path = locate(file)
         kind = kind or kind_of(path)
-        return read_teacher(path, kind), path, kind
+        return read_teacher(path, kind, None, sigma_data), path, kind
     except (FileNotFoundError, ValueError) as error:
         raise PipelineError(str(error)) from error
 
@@ -74,17 +78,14 @@ def _slot(scale: str | None, name: str, size: str) -> Slot:
     return slot
 
 
-def described(teacher: Teacher, path: Path, kind: str) -> str:
+def described(teacher: Teacher, path: Path, file: str, kind: str) -> str:
     """What was found, its licence, and the lines for params.yaml."""
     config, info = teacher.config, teacher.info
     count = sum(value.numel() for value in teacher.weights.values())
     items = f"{config['channels']} × {config['resolution']} × {config['resolution']}"
     labels = f"{config['labels']} labels" if config["labels"] else "no labels"
-    network = {key: value for key, value in config.items() if key not in {*DATA, "waves"}} | {
-        "checkpointing": False,
-        "precision": "fp32",
-    }
-    imported = {"file": path.name, "sha256": info["sha256"], "format": kind}
+    network = _network(teacher, count)
+    imported = {"file": file, "sha256": info["sha256"], "format": kind}
     lines = [
         f"{path}: {count:,} weights for items of {items}, {labels}, sigma_data {config['sigma_data']:g}",
         f"from {info['source']}",
@@ -92,17 +93,40 @@ def described(teacher: Teacher, path: Path, kind: str) -> str:
         "into the model card of every student",
     ]
     if latents := info.get("latents"):
-        lines.append(f"for latents of {latents['vae']} of images in {latents['images']}")
+        lines.append(f"for latents of {latents['vae'] or 'the VAE beside it'}, of images in {latents['images']}")
     lines += [
         "",
         "for params.yaml, under sizes.<size>:",
         *_yaml({"imported": imported, "network": network, "teacher": {"label_dropout": 0.0}}),
     ]
     if latents:
-        wanted = {"pretrained": latents["vae"], "unit_images": latents["images"] == [0.0, 1.0]}
+        wanted = {"pretrained": latents["vae"] or "…", "unit_images": latents["images"] == [0.0, 1.0]}
         statistics = {"mean": latents["mean"], "std": latents["std"]}
         lines += ["and for its latents, in the slot:", *_yaml({"vae": {**wanted, "statistics": statistics}})]
     return "\n".join(lines)
+
+
+def _network(teacher: Teacher, count: int) -> dict[str, Any]:
+    """The section `network` that the file fits."""
+    config = teacher.config
+    if config["architecture"] == "diffusers":
+        return {"architecture": "diffusers", "forward_flops": _flops(teacher), "parameters": count}
+    own = {key: value for key, value in config.items() if key not in {*DATA, "waves"}}
+    return own | {"checkpointing": False, "precision": "fp32"}
+
+
+def _flops(teacher: Teacher) -> int:
+    """Of one forward pass of one item."""
+    import torch
+
+    from scm_core.interop.teachers import assembled
+    from scm_core.train.flops import count_flops
+
+    net = assembled(teacher).net
+    shape = [teacher.config[key] for key in ("channels", "resolution", "resolution")]
+    labels = torch.zeros(1, dtype=torch.int64) if teacher.config["labels"] else None
+    with torch.no_grad():
+        return int(count_flops(lambda: net(torch.randn(1, *shape), torch.ones(1), labels)))
 
 
 def _yaml(section: dict[str, Any]) -> list[str]:
@@ -139,8 +163,8 @@ def _latents_fault(latents: dict[str, Any] | None, slot: Slot) -> str | None:
     if latents is None:
         return None
     vae = slot.vae
-    if not isinstance(vae, PretrainedVae) or vae.pretrained != latents["vae"]:
-        return f"it is for latents of {latents['vae']}: name it in vae.pretrained, or import another network"
+    if not isinstance(vae, PretrainedVae) or latents["vae"] not in (None, vae.pretrained):
+        return f"it is for latents of {latents['vae'] or 'a published autoencoder'}: name it in vae.pretrained, or import another network"
     if vae.unit_images != (latents["images"] == [0.0, 1.0]):
         return f"it is for latents of images in {latents['images']}: set vae.unit_images to {str(not vae.unit_images).lower()}"
     for key in ("mean", "std"):
@@ -156,7 +180,7 @@ def import_teacher(name: str, slot: Slot, size: str, imported: Imported) -> Teac
     from scm_core.interop.teachers import locate, read_teacher
 
     try:
-        teacher = read_teacher(locate(imported.file, paths.root()), imported.format, imported.sha256)
+        teacher = read_teacher(locate(imported.file, paths.root()), imported.format, imported.sha256, slot.sigma_data)
     except (FileNotFoundError, ValueError) as error:
         raise PipelineError(f"{name}: {error}") from error
     if wrong := fault(teacher, slot, size):

@@ -130,6 +130,8 @@ class Slot(Model):
             key = f"students.{method}.guidance"
             if student.guidance is None:
                 continue
+            if self.sizes[size].network.architecture == "diffusers":
+                raise problem(key, "must be null: a network of diffusers has no input for a guidance scale")
             if why := UNGUIDED.get(student.method):
                 raise problem(key, f"must be null: {why} and has no teacher velocity to guide")
             if not guidable:
@@ -150,9 +152,15 @@ class Slot(Model):
             raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
         if wrong := network.misfit(self.item_resolution):
             raise problem(f"sizes.{size}.network.{wrong[0]}", wrong[1])
+        imported = self.sizes[size].imported
+        if (network.architecture == "diffusers") != (imported is not None and imported.format == "diffusers"):
+            what = "must be diffusers if the teacher is imported from a folder of that format, and only then"
+            raise problem(f"sizes.{size}.network.architecture", f"{what}, got {network.architecture}")
         sections: dict[str, Training] = {"teacher": self.teacher_for(size)}
         sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
         for key, section in sections.items():
+            if section.dropout and network.architecture == "diffusers" and key != "teacher":
+                raise problem(f"{key}.dropout", "must be 0 for a network of diffusers, which has its own")
             if section.dropout_resolution is not None and network.architecture == "small":
                 raise problem(f"{key}.dropout_resolution", "must be null for a small network, which has one resolution")
             if getattr(section, "tangent_engine", None) == "func" and getattr(network, "checkpointing", False):

@@ -227,4 +227,33 @@ class DDPMPPNetwork(_UNet):
         return super().misfit(resolution)
 
 
-Network = Annotated[SmallNetwork | EDM2Network | DDPMPPNetwork, Field(discriminator="architecture")]
+class DiffusersNetwork(_Counted):
+    """A network of diffusers, which is imported: `python -m pipeline import` counts it."""
+
+    architecture: Literal["diffusers"]
+    forward_flops: Count
+    """Model FLOPs of one forward pass of one item."""
+    parameters: Count
+
+    @property
+    def downsampling(self) -> int:
+        return 1
+
+    def misfit(self, resolution: int) -> tuple[str, str] | None:
+        return None
+
+    def config(self, sigma_data: float) -> dict[str, Any]:
+        """What is known of it without its file."""
+        return {"architecture": self.architecture, "sigma_data": sigma_data}
+
+    def dropout(self, training: Training) -> dict[str, Any]:
+        return {"dropout": training.dropout}
+
+    def flops(self, items: Items) -> int:
+        return self.forward_flops
+
+    def weights(self, items: Items) -> int:
+        return self.parameters
+
+
+Network = Annotated[SmallNetwork | EDM2Network | DDPMPPNetwork | DiffusersNetwork, Field(discriminator="architecture")]

@@ -9,15 +9,21 @@ from typing import Any
 
 from scm_core.interop.edm import read_edm
 from scm_core.interop.edm2 import read_edm2
+from scm_core.interop.foreign import read_diffusers, weights_of
 from scm_core.interop.rebuild import RefusedError
 from scm_core.interop.stored import Teacher, open_network
 from scm_core.nn.build import Model, build_network
 from scm_core.published import WEIGHTS_HOME, verified
 
-READERS: Mapping[str, Callable[[Path], Teacher]] = {"edm": read_edm, "edm2": read_edm2}
+READERS: Mapping[str, Callable[[Path, float], Teacher]] = {  # σ_d is the networks' own, but for diffusers'
+    "edm": lambda path, _: read_edm(path),
+    "edm2": lambda path, _: read_edm2(path),
+    "diffusers": read_diffusers,
+}
 SOURCES = {  # what their projects say of them
     "edm": "EDM (Karras et al. 2022), https://github.com/NVlabs/edm: all of it, pre-trained models included, under CC BY-NC-SA 4.0",
     "edm2": "EDM2 (Karras et al. 2024), https://github.com/NVlabs/edm2: all of it, pre-trained models included, under CC BY-NC-SA 4.0",
+    "diffusers": "a folder that diffusers saved",
 }
 FREE = {
     "checkpointing",
@@ -45,20 +51,25 @@ def locate(file: str | Path, root: Path | None = None) -> Path:
 
 
 def kind_of(path: Path) -> str:
-    """The format of a network: of a pickle by the class of its network."""
+    """The format of a network: of a folder diffusers', of a pickle by the class of its network."""
+    if path.is_dir():
+        return "diffusers"
     net, _ = open_network(path, ["Precond", "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"])
     return "edm2" if net.module.kind == "Precond" else "edm"
 
 
-def read_teacher(path: Path, kind: str, sha256: str | None = None) -> Teacher:
+def read_teacher(path: Path, kind: str, sha256: str | None = None, sigma_data: float = 0.5) -> Teacher:
     """Return the network in a file of format `kind`, which must have the SHA-256 if one is given; its info names file, digest and licence.
+
+    `sigma_data` is that of the data that a network of diffusers is used on; the others have their own.
 
     Raises `FileNotFoundError`, or `ValueError` that names the file, for other bytes than that digest's and for what cannot be imported.
     """
     if kind not in READERS:
         raise ValueError(f"format: expected one of {', '.join(READERS)}, got {kind!r}")
-    found = verified(path, sha256, "this teacher", "give the right file, or the right sha256")
-    teacher = READERS[kind](path)
+    weights = weights_of(path) if kind == "diffusers" else path
+    found = verified(weights, sha256, "this teacher", "give the right file, or the right sha256")
+    teacher = READERS[kind](path, sigma_data)
     about = {"file": path.name, "sha256": found.sha256, "source": SOURCES[kind]}
     return teacher._replace(info={**teacher.info, **about})
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scm_core.autoencoder_kl import AutoencoderKL
 from scm_core.described import load_described, save_described
+from scm_core.nn.foreign import ForeignNet
 from scm_core.nn.mlp import MLP
 from scm_core.nn.small import SmallNet
 from scm_core.nn.unet_ddpmpp import DDPMPP
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "vae": VAE,
     "autoencoder_kl": AutoencoderKL,
+    "diffusers": ForeignNet,
 }
 FORMAT = "scm-model-1"
 STUDENTS_OWN = {

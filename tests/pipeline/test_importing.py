@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.importing import fault
 from pipeline.params import ParamsError, read_yaml, validate
 from pipeline.stages import dataset, evaluate, features, reference, student, teacher
+from scm_core.compat import prepare_torchvision
 from scm_core.interop import read_edm, read_edm2
 from scm_core.nn.build import load_model
 from tests.pipeline.test_latent_slot import context_of
@@ -259,6 +260,45 @@ def test_import_by_hand(
     said = capsys.readouterr().out
     assert "vae: {pretrained: sd-vae-ft-mse, unit_images: true, statistics: {mean: [5.81, 3.25, 0.12, -2.15]" in said
     assert not (tmp_path / "trap").exists()
+
+
+def test_a_network_of_diffusers_from_its_folder_to_a_student(
+    repository: Path, weights: Path, capsys: pytest.CaptureFixture[str], call: Callable[[str], int]
+) -> None:
+    """The lines that `import` prints make a size whose teacher is that network; students learn through torch.func.jvp."""
+    prepare_torchvision()
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=10,
+    )  # fmt: skip
+    network.save_pretrained(weights / "ddpm" / "unet")
+    diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(weights / "ddpm" / "scheduler")
+    assert call("import ddpm") == 0
+    said = capsys.readouterr().out
+    lines = yaml.safe_load(said.partition("sizes.<size>:\n")[2])
+    assert lines["imported"]["format"] == "diffusers"
+    assert lines["network"]["parameters"] == sum(p.numel() for p in network.parameters())
+    assert lines["network"]["forward_flops"] > 1e5
+    data = parameters(weights)
+    size = {**lines, "students": {"scd": {}}}
+    data["scales"]["smoke"]["slots"][SLOT]["sizes"] = {"S": size}
+    run(repository, data, "dataset")
+    run(repository, data, "teacher", size="S")
+    trained = load_model(run(repository, data, "student", size="S", method="scd") / "model.safetensors")
+    assert trained.info["licence"].startswith("not stated in the folder")
+    size["students"] = {"scd": {"dropout": 0.1}}
+    with pytest.raises(ParamsError, match=r"students\.scd\.dropout: must be 0 for a network of diffusers"):
+        validate(data)
+    size["students"] = {"scd": {"guidance": [1.0, 2.0]}}
+    size["teacher"] = {"label_dropout": 0.1}
+    with pytest.raises(
+        ParamsError, match=r"students\.scd\.guidance: must be null: a network of diffusers has no input"
+    ):
+        validate(data)
+    size |= {"students": {"scd": {}}, "teacher": {}, "network": dict(NETWORK)}
+    with pytest.raises(ParamsError, match=r"network\.architecture: must be diffusers if the teacher is imported"):
+        validate(data)
 
 
 @pytest.fixture
