@@ -167,3 +167,16 @@ def test_the_published_pages_are_those_of_their_numbers(monkeypatch: pytest.Monk
         name = page.stem
         report = json.loads((results / f"{name}.json").read_text())
         assert benchmark(f"bench_{name}", monkeypatch).markdown(report) == page.read_text()
+
+
+@pytest.mark.parametrize(("whole", "word"), [(1.04, "met"), (1.06, "missed")])
+def test_the_page_of_encoding_judges_the_median_round(whole: float, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding = benchmark("bench_encoding", monkeypatch)
+    one = {"forward": 1.0, "nothing": 0.002, "converting": 0.001}
+    rounds = [{**one, "encoding": value} for value in (0.9, whole, 9.0)]
+    facts = {"side": 8, "batch": 1, "parameters": 10, "device": "C", "cores": 2, "torch": "2", "load": 0.1}
+    result = {"title": "Net", "images": 10, "width": 0.5, "rounds": rounds, **facts}
+    page = encoding.markdown({"net": result, "none": {**result, "title": "None", "width": 0}})
+    assert f"| Net | 100.0 ms | {100 * whole:.1f} ms | {whole - 1:.1%} (" in page
+    assert f"| 5 %: {word} | 0.20 ms (0.2%) | 0.10 ms |" in page
+    assert "| None | – | – | – | – | 0.20 ms | 0.10 ms |" in page

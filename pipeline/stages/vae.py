@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage vae: train the autoencoder that gives the latents."""
+"""Stage vae: the autoencoder that gives the latents, trained here, or a published one, verified."""
 
 import torch
 
 from pipeline.context import Context
 from pipeline.grids import save_grid
-from pipeline.modelling import VAE_FILE, image_data
+from pipeline.modelling import VAE_FILE, find_vae, image_data
+from pipeline.params import PretrainedVae, Vae
 from pipeline.training import run_training, train_settings
 from scm_core.data import from_uint8, load_images, to_uint8
 from scm_core.nn.build import build_network, save_model
@@ -15,9 +16,19 @@ from scm_core.vae import VAE, vae_loss
 
 
 def run(ctx: Context) -> None:
-    """Write the VAE's weights and a picture of images above their reconstructions."""
+    """Write the VAE's weights; of one that is trained also a picture of images above their reconstructions."""
     wanted = ctx.slot.vae
     assert wanted is not None  # the registry gives this stage to latent slots only
+    if isinstance(wanted, PretrainedVae):
+        # As a model file of this project, which later stages read without the folder that it comes from.
+        net, config, info = find_vae(ctx.job.name, wanted, ctx.slot.dataset.channels)
+        save_model(ctx.out / VAE_FILE, net.state_dict(), config, info)
+    else:
+        train(ctx, wanted)
+
+
+def train(ctx: Context, wanted: Vae) -> None:
+    """The weights, and a picture of images above their reconstructions."""
     seed = derive_seed(ctx.scale.seed, ctx.job.name)
     images = load_images(ctx.inputs["dataset"])
     config = {

@@ -1,58 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights files of known extractors: where they come from, which bytes are the right ones, and how they are read."""
+"""Published weights files: where they come from, which bytes are the right ones, and how they are read."""
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import logging
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-from urllib.request import Request, urlopen
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scm_core.data.arrays import file_digest
+from scm_core.published import Opener, PublishedFile, VerifiedFile, find_published, open_url, replace_by, verified
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for it
 DINOV2 = "scm-dinov2-vit-l-14"
-FOLDER_VARIABLE = "SCM_WEIGHTS"
-CHUNK = 1 << 20
-
-Opener = Callable[[str], BinaryIO]
-
-
-@dataclass(frozen=True)
-class WeightsFile:
-    """A published weights file: its name, `urls` that give the same bytes, their SHA-256 and number, and its licence."""
-
-    file: str
-    urls: tuple[str, ...]
-    sha256: str
-    size: int
-    licence: str
-
-
-class VerifiedWeights(NamedTuple):
-    """A weights file on disk and the SHA-256 (64 hex digits) that it was found to have."""
-
-    path: Path
-    sha256: str
 
 
 WEIGHTS = {
     # Ported from TensorFlow's inception-2015-12-05.tgz. Both publishers put the first eight digits of the digest into the
     # file's name; all of it stands in snap-research/discoscene (models/inception_model.py) and HyperGAN/HyperGAN
     # (docs/cifar-recipe.md).
-    INCEPTION: WeightsFile(
+    INCEPTION: PublishedFile(
         file="weights-inception-2015-12-05-6726825d.pth",
         urls=(
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -64,7 +34,7 @@ WEIGHTS = {
     ),
     # Its publisher gives no digest. This one stands in projects that know nothing of each other, among them
     # modelingevolution/roma-matcher-compose (up-0.1.0.sh) and DimNeuroLab/where-does-complexity-live (its docs).
-    DINOV2: WeightsFile(
+    DINOV2: PublishedFile(
         file="dinov2_vitl14_pretrain.pth",
         urls=("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",),
         sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
@@ -74,23 +44,10 @@ WEIGHTS = {
 }
 
 
-def weights_folder() -> Path:
-    """Where weights are looked for and kept: `SCM_WEIGHTS`, else scm/weights in the user's cache (XDG_CACHE_HOME)."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scm" / "weights"
-
-
-def open_url(url: str) -> BinaryIO:
-    """Open a URL for reading; `OSError` if that fails."""
-    return urlopen(Request(url, headers={"User-Agent": "scm-repro"}), timeout=60)
-
-
 def find_weights(
     name: str, path: str | Path | None = None, sha256: str | None = None, opener: Opener = open_url
-) -> VerifiedWeights:
-    """Return the weights file of extractor `name`, verified: `path`, else from `weights_folder()`, else fetched into it.
+) -> VerifiedFile:
+    """Return the weights file of extractor `name`, verified: `path`, else as `find_published`.
 
     A known extractor's file must have the published SHA-256. `sha256` replaces that for a file of the user's own, at
     `path`; of an extractor that is not known every file is taken, unless `sha256` is given. Raises `FileNotFoundError`
@@ -104,63 +61,11 @@ def find_weights(
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: extractor {name} needs its weights there")
-        return _verified(name, path, expected, own=sha256 is not None)
+        remedy = "give the right file or the right sha256" if known is None or sha256 is not None else replace_by(known)
+        return verified(path, expected, f"extractor {name}", remedy)
     if known is None:
         raise ValueError(f"extractor {name} needs a weights file: none is published for it")
-    path = weights_folder() / known.file
-    if path.exists():
-        return _verified(name, path, expected, own=False)
-    return VerifiedWeights(_fetch(name, known, path, opener), known.sha256)
-
-
-def _verified(name: str, path: Path, expected: str | None, own: bool) -> VerifiedWeights:
-    found = file_digest(path)
-    if expected is not None and found != expected:
-        remedy = (
-            "give the right file or the right sha256"
-            if own
-            else f"remove it and put {WEIGHTS[name].file} from {WEIGHTS[name].urls[0]} there, or use other weights on "
-            "purpose by giving their sha256"
-        )
-        raise ValueError(f"{path} has SHA-256 {found}, {expected} expected for extractor {name}: {remedy}")
-    return VerifiedWeights(path, found)
-
-
-def _fetch(name: str, known: WeightsFile, path: Path, opener: Opener) -> Path:
-    """Download into a temporary file beside `path`, verify, rename: any number of processes may do so at once."""
-    refusals = []
-    for url in known.urls:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            logging.getLogger(__name__).warning("fetching %s (%d MB) into %s", url, known.size // 10**6, path.parent)
-            with tempfile.TemporaryDirectory(prefix=f".{known.file}.", dir=path.parent) as folder:
-                part = Path(folder) / known.file
-                found = _download(url, part, known.size, opener)
-                if found == known.sha256:
-                    os.replace(part, path)
-                    return path
-            refusals.append(f"{url} gave a file of SHA-256 {found}")
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            refusals.append(f"{url}: {error}")
-    raise FileNotFoundError(
-        f"{path}, the weights of extractor {name}, is missing and could not be fetched ({'; '.join(refusals)}): put "
-        f"{known.file} there, from {known.urls[0]} (SHA-256 {known.sha256}), or name the folder that has it in "
-        f"{FOLDER_VARIABLE}"
-    )
-
-
-def _download(url: str, path: Path, size: int, opener: Opener) -> str:
-    """Copy what `url` gives to `path`, at most one chunk more than `size` bytes, and return its SHA-256."""
-    digest = hashlib.sha256()
-    written = 0
-    with opener(url) as source, open(path, "wb") as target:
-        while written <= size and (chunk := source.read(CHUNK)):
-            target.write(chunk)
-            digest.update(chunk)
-            written += len(chunk)
-        target.flush()
-        os.fsync(target.fileno())
-    return digest.hexdigest()
+    return find_published(known, f"extractor {name}", opener)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ def test_an_integer_stands_for_a_float(write: Write) -> None:
         (r"labels: \[0, 1,", "labels: [10, 1,", f"{SLOT}.figure2.labels", "must be below dataset.labels (10), got 10"),
         (r"resolution: 32", "resolution: 4", f"{SLOT}.dataset.resolution", "must divide by 8"),
         (r"resolution: 32", "resolution: 33", f"{SLOT}.dataset.resolution", "must divide 32"),
-        (r"source: mnist5k", "source: mnist", f"{SLOT}.dataset.source", "must be 'mnist5k' or 'digits', got 'mnist'"),
+        (r"source: mnist5k", "source: mnist", f"{SLOT}.dataset.source", "'imagenet' or 'images', got 'mnist'"),
         (r"latent_guided:", "latent_gided:", "scales.demo.slots.latent_gided", "unknown name"),
         (r"        vae:.*?(?=        features:)", "", f"{SLOT}.vae", "is missing"),
         (r"^scale: demo", "scale: dmo", "scale", "unknown scale 'dmo'; did you mean 'demo'?"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scm_core.data.arrays import file_digest
+from scm_core.disk import file_digest
 from scm_core.evaluate import Moments, extract, frechet_with_error
 from scm_core.evaluate.classifier import Classifier, save_classifier
 from scm_core.evaluate.dinov2 import VitSize
@@ -23,9 +23,9 @@ from scm_core.evaluate.extractors import (
     Extractor,
     ExtractorIdentity,
     create_extractor,
-    full_precision,
 )
 from scm_core.evaluate.weights import WEIGHTS
+from scm_core.precision import full_precision
 
 import torch_fidelity  # isort: skip  # after extractors, which makes its import work
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published files that are fetched once: where they come from, which bytes are the right ones, where they are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+from urllib.request import Request, urlopen
+
+from scm_core.disk import BadFileError, file_digest
+
+CHUNK = 1 << 20
+
+Opener = Callable[[str], BinaryIO]
+
+
+class Home(NamedTuple):
+    """Where files of a kind are looked for and kept: the folder that `variable` names, else scm/<name> in the user's cache."""
+
+    variable: str
+    name: str
+    noun: str
+    """What such a file is, in messages."""
+    otherwise: str = ""
+    """What may be done instead of putting the right file there."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder, whether it is there or not; the user's cache is XDG_CACHE_HOME."""
+        named = os.environ.get(self.variable)
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scm" / self.name
+
+
+WEIGHTS_HOME = Home("SCM_WEIGHTS", "weights", "the weights", ", or use other weights on purpose by giving their sha256")
+DATA_HOME = Home("SCM_DATA", "data", "the data")
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A published file: its name below its home's folder, `urls` that give the same bytes, their SHA-256 and number, its licence."""
+
+    file: str
+    urls: tuple[str, ...]
+    sha256: str
+    size: int
+    licence: str
+
+
+class VerifiedFile(NamedTuple):
+    """A file on disk and the SHA-256 (64 hex digits) that it was found to have."""
+
+    path: Path
+    sha256: str
+
+
+def open_url(url: str) -> BinaryIO:
+    """Open a URL for reading; `OSError` if that fails."""
+    return urlopen(Request(url, headers={"User-Agent": "scm-repro"}), timeout=60)
+
+
+def find_published(
+    known: PublishedFile, what: str, opener: Opener = open_url, home: Home = WEIGHTS_HOME
+) -> VerifiedFile:
+    """Return a published file, verified, from its home's folder, or fetched into it; `what` is it for, in messages.
+
+    Raises `FileNotFoundError` for a file that is neither there nor to be fetched and `BadFileError` for one with another digest.
+    """
+    path = home.folder / known.file
+    if path.exists():
+        return verified(path, known.sha256, what, replace_by(known, home))
+    return VerifiedFile(_fetch(known, what, path, opener, home), known.sha256)
+
+
+def replace_by(known: PublishedFile, home: Home = WEIGHTS_HOME) -> str:
+    """The remedy for a file with other bytes."""
+    return f"remove it and put {Path(known.file).name} from {known.urls[0]} there{home.otherwise}"
+
+
+def verified(path: Path, expected: str | None, what: str, remedy: str) -> VerifiedFile:
+    """Return the file with its SHA-256; `BadFileError` with `what` it is for and the `remedy` if another one is expected."""
+    found = file_digest(path)
+    if expected is not None and found != expected:
+        raise BadFileError(f"{path} has SHA-256 {found}, {expected} expected for {what}: {remedy}")
+    return VerifiedFile(path, found)
+
+
+def _fetch(known: PublishedFile, what: str, path: Path, opener: Opener, home: Home) -> Path:
+    """Download into a temporary file beside `path`, verify, rename: any number of processes may do so at once."""
+    refusals = []
+    for url in known.urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            logging.getLogger(__name__).warning("fetching %s (%d MB) into %s", url, known.size // 10**6, path.parent)
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+                part = Path(folder) / path.name
+                found = _download(url, part, known.size, opener)
+                if found == known.sha256:
+                    os.replace(part, path)
+                    return path
+            refusals.append(f"{url} gave a file of SHA-256 {found}")
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            refusals.append(f"{url}: {error}")
+    raise FileNotFoundError(
+        f"{path}, {home.noun} of {what}, is missing and could not be fetched ({'; '.join(refusals)}): put "
+        f"{path.name} there, from {known.urls[0]} (SHA-256 {known.sha256}), or name the folder that has {known.file} in "
+        f"{home.variable}"
+    )
+
+
+def _download(url: str, path: Path, size: int, opener: Opener) -> str:
+    """Copy what `url` gives to `path`, at most one chunk more than `size` bytes, and return its SHA-256."""
+    digest = hashlib.sha256()
+    written = 0
+    with opener(url) as source, open(path, "wb") as target:
+        while written <= size and (chunk := source.read(CHUNK)):
+            target.write(chunk)
+            digest.update(chunk)
+            written += len(chunk)
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
