@@ -119,7 +119,14 @@ def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyP
     assert evaluation.by_parabola([(n, 1 + 2 * n + 3 * n**2) for n in (10, 15, 20)]) == pytest.approx(
         1 + 2 * full + 3 * full**2
     )
-    on = {"device": "C", "cores": 2, "load": 0.1, "torch": "2", "packages": {"torch-fidelity": "0.4.0"}, "bfloat16": False}
+    on = {
+        "device": "C",
+        "cores": 2,
+        "load": 0.1,
+        "torch": "2",
+        "packages": {"torch-fidelity": "0.4.0"},
+        "bfloat16": False,
+    }
 
     def page(theirs: float, exact: float, slope: float) -> str:
         seconds = {"ours": 1.0, "prepared": 0.5, "torch-fidelity": theirs}
