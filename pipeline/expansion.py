@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.autoencoders import PretrainedVae, described_by
-from pipeline.job import REPORT_SLOT, Axes, Point, table2_students
+from pipeline.job import REPORT_SLOT, Axes, Point, figure7_students, table2_students
 from pipeline.params import Params
 
 
@@ -56,9 +56,9 @@ def of_figure2(params: Params) -> Axes:
 
 
 def of_figure7(params: Params) -> Axes:
-    """Once, if a student of that slot is guided."""
+    """Once, if that slot has a student that it shows."""
     slot = params.active.slots.get(REPORT_SLOT)
-    return iter([{}] if slot and any(student.guidance for student in slot.students.values()) else [])
+    return iter([{}] if slot and any(figure7_students(slot, size) for size in slot.sizes) else [])
 
 
 def of_figure3(params: Params) -> Axes:
@@ -95,11 +95,11 @@ def evaluations(point: Point) -> dict[str, Path]:
 
 
 def guided_evaluations(point: Point) -> dict[str, Path]:
-    """The evaluations of teachers and of the students with a guidance input, as evaluate-<size>-<method>."""
+    """The evaluations of teachers and of the students that Figure 7 shows, as evaluate-<size>-<method>."""
     return {
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
-        for size, declared in point.slot.sizes.items()
-        for method in ("teacher", *(name for name, student in declared.students.items() if student.guidance))
+        for size in point.slot.sizes
+        for method in ("teacher", *figure7_students(point.slot, size))
     }
 
 
