@@ -152,7 +152,12 @@ class Slot(Model):
             raise problem(f"sizes.{size}.network.{wrong[0]}", wrong[1])
         sections: dict[str, Training] = {"teacher": self.teacher_for(size)}
         sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
+        engine = self.sizes[size].engine
+        parts = engine.processes * engine.accumulation
         for key, section in sections.items():
+            if section.batch < parts:
+                what = f"must be at least {parts}, the parts that the engine of size {size} takes a batch in (processes · accumulation)"
+                raise problem(f"sizes.{size}.{key}.batch", f"{what}, got {section.batch}")
             if section.dropout_resolution is not None and network.architecture == "small":
                 raise problem(f"{key}.dropout_resolution", "must be null for a small network, which has one resolution")
             if getattr(section, "tangent_engine", None) == "func" and getattr(network, "checkpointing", False):

@@ -112,6 +112,14 @@ def test_a_job_runs_on_one_node(write: Write) -> None:
     assert sentence(write(many)) == f"params.yaml: {SLOT}.sizes.M.engine.processes: {words}"
 
 
+def test_a_batch_has_an_image_for_each_part(write: Write) -> None:
+    many = edit(r"blocks: 5\},", "blocks: 5}, engine: {processes: 8, accumulation: 16},")
+    words = (
+        "must be at least 128, the parts that the engine of size M takes a batch in (processes · accumulation), got 64"
+    )
+    assert sentence(write(many)) == f"params.yaml: {SLOT}.sizes.M.teacher.batch: {words}"
+
+
 def test_models_are_frozen() -> None:
     params = load(ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):
