@@ -187,3 +187,24 @@ def test_the_page_of_encoding_judges_the_median_round(whole: float, word: str, m
     assert f"| Net | 100.0 ms | {100 * whole:.1f} ms | {whole - 1:.1%} (" in page
     assert f"| 5 %: {word} | 0.20 ms (0.2%) | 0.10 ms |" in page
     assert "| None | – | – | – | – | 0.20 ms | 0.10 ms |" in page
+
+
+def test_the_page_of_data_judges_every_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = benchmark("bench_data", monkeypatch)
+
+    def rate(per_second: float) -> dict[str, Any]:
+        return {"per_second": per_second, "range": [per_second, per_second], "megabytes_from_disk": 1.0}
+
+    section = {
+        "count": 10,
+        "batch": 5,
+        "megabytes": {"store": 1.0, "zip": 1.0, "webdataset": 1.0},
+        "warm": {"store": rate(1000.0), "zip": rate(200.0), "webdataset": rate(501.0)},
+        "cold": {"store": rate(1000.0), "zip": rate(201.0), "webdataset": rate(500.0)},
+        "disk_per_second": 1200.0,
+    }
+    known = dict.fromkeys(("processor", "python", "torch", "numpy", "pillow", "webdataset"), "x")
+    page = data.markdown({"machine": known, "sections": {"images": section, "latents": section}})
+    assert page.count("| files in a ZIP | 5× | 5.0× met | 5.0× **missed** |") == 2
+    assert page.count("| webdataset | 2× | 2.0× **missed** | 2.0× met |") == 2
+    assert page.count("| the disk, in order | | | 1,200 | |") == 2

@@ -30,7 +30,7 @@ FAKE_PARAMS = """
 import json, types, yaml
 from pathlib import Path
 PARAMS_FILE = "params.yaml"
-Params = Scale = Slot = PretrainedVae = object
+Params = PretrainedVae = Scale = Slot = object
 
 class Section(dict):
     __getattr__ = dict.__getitem__
