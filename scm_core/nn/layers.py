@@ -149,7 +149,8 @@ def adaptive_double_norm(x: Maybe, scale_shift: Maybe, norm: Callable[[Maybe], M
 def self_attention(qkv: Maybe, heads: int, cosine: bool, norm: Callable[..., Maybe] = dual.rms_normalize) -> Maybe:
     """Attention between the positions of an image: (B, 3C, H, W) → (B, C, H, W), scale 1/√d, d = C/heads.
 
-    The 3C channels are ordered by (q, k, v), head, element. `cosine`: q, k and v are normalised over the d elements by `norm` (EDM2, App. B).
+    The 3C channels are ordered by (q, k, v), head, element. `cosine`: q, k and v are normalised over the d elements by `norm` (EDM2,
+    App. B).
     """
     b, channels, h, w = dual.value_of(qkv).shape
     parts = (b, 3, heads, channels // (3 * heads), h * w)
