@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from pipeline.params import Slot
 from pipeline.paths import FACTS, FLOOR, SWEEP
 from pipeline.sweep import REPORT, mean_of
 
@@ -26,6 +27,12 @@ TABLE2_COLUMNS = [
     "samples",
     "run",
 ]
+FEATURES = {
+    "classifier": "the features of a small classifier, not in Inception's",
+    "inception": "Inception's features",
+    "dinov2": "DINOv2's features",
+}
+PUBLISHED = ("imagenet", 512, "inception")  # what Table 2 was measured on
 METHOD_NAMES = {"teacher": "teacher", "sct": "sCT", "scd": "sCD"}
 SECTIONS = {
     "teacher": "Teacher diffusion model (TrigFlow)",
@@ -92,6 +99,16 @@ def table2(paper: Path, ours: list[dict[str, str]]) -> pd.DataFrame:
         kept = {key: row[key] for key in ("section", "method", "nfe", "fid", "params")}
         rows.append({**kept, "size": size[1] if size else "", **PAPER_SETTING})
     return pd.DataFrame(rows + ours, columns=TABLE2_COLUMNS).fillna("")
+
+
+def measured_note(slot: Slot) -> str:
+    """What our rows compare with: the published ones only where they were measured in Inception's features, on the paper's data."""
+    measured = (slot.dataset.source, slot.dataset.resolution, slot.evaluation.spaces[0])
+    source, side, space = measured
+    where = f"Rows headed *Ours* were measured on {source} ({side} × {side}) in {FEATURES[space]}"
+    if measured == PUBLISHED:
+        return f"{where}, as the published ones."
+    return f"{where}: they compare with each other, not with the published rows."
 
 
 def floor_note(folder: Path) -> str:

@@ -37,9 +37,10 @@ class Section(dict):
 
 def load(path=PARAMS_FILE, scale=None):
     data = yaml.safe_load(Path(path).read_text())
-    scales = {name: Section(value, slots={}) for name, value in data["scales"].items()}
+    scales = {name: Section(value, slots={}, hardware=None) for name, value in data["scales"].items()}
     resume = types.SimpleNamespace(**{"allow_changes": False, **data.get("resume", {})})
-    return types.SimpleNamespace(scale=scale or data["scale"], scales=scales, resume=resume)
+    scale = scale or data["scale"]
+    return types.SimpleNamespace(scale=scale, scales=scales, active=scales[scale], resume=resume)
 """
 
 FAKE_REGISTRY = """
