@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import re
-import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,46 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scm_core.data.arrays import file_digest
 from scm_core.described import described_bytes, load_described
-from scm_core.train.checkpoint import REMEDIES, sync
+from scm_core.disk import StoreError, file_digest, replace_file
 
 FORMAT = "scm-features-1"
 NAME = re.compile(r"chunk-(\d{8,})-([0-9a-f]{64})\.safetensors")
-
-
-NO_LOCKS = dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK), "use a file system that has locks (flock)")
-
-
-class StoreError(ValueError):
-    """A feature store that cannot be used or not be written, or images that do not belong in it; the message names file and remedy."""
-
-
-def failure(path: Path, error: OSError, doing: str, stays: str) -> StoreError:
-    """An operating system's error as one sentence: what failed, why, the remedy, and what is not lost."""
-    remedy = (REMEDIES | NO_LOCKS).get(error.errno or 0, "look after the disk")
-    return StoreError(f"{path}: {doing} failed: {error.strerror or error}; {remedy} and start again: {stays}")
-
-
-def replace_file(path: Path, content: bytes, durable: bool) -> None:
-    """Write a file atomically: temporary file beside it → (`durable`: fsync) → rename → (fsync of the folder).
-
-    Raises OSError, and leaves no temporary file then: half a file only takes space that is needed.
-    """
-    # A name of its own: others may be writing the same file.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if durable:
-            sync(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Layout(NamedTuple):

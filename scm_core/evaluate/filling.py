@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scm_core.evaluate.chunks import Chunk, Chunks, Layout, StoreError, failure
+from scm_core.disk import StoreError, failure
+from scm_core.evaluate.chunks import Chunk, Chunks, Layout
 from scm_core.evaluate.folder import KeptImages
 from scm_core.evaluate.manifest import FeatureExtractor
 from scm_core.train.lock import HeldError, exclusive

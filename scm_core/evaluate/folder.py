@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scm_core.evaluate.chunks import StoreError, failure, replace_file
+from scm_core.disk import StoreError, failure, replace_file
 
 COLOURS = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGB with alpha"}  # of PNG's header
 CHANNELS = {"L": 1, "RGB": 3}

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scm_core.data.arrays import file_digest
 from scm_core.data.images import to_uint8
 from scm_core.data.sources import ImageSet
+from scm_core.disk import file_digest
 from scm_core.evaluate.frechet import frechet_with_error, triangular_root
 from scm_core.evaluate.manifold import FeatureSet, manifold_metrics
 from scm_core.evaluate.moments import Moments, check_features

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scm_core.data.arrays import file_digest
+from scm_core.disk import file_digest
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for it
 DINOV2 = "scm-dinov2-vit-l-14"

@@ -7,8 +7,6 @@ rather than starting over.
 """
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import re
@@ -21,15 +19,11 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scm_core.disk import REMEDIES, file_digest, replace_file, sync
 from scm_core.train.lock import HeldError, exclusive
 from scm_core.train.writer import Background, Buffers, write_tensors
 
 TENSORS, META, MANIFEST, POINTER, LOCK = "state.safetensors", "meta.json", "manifest.json", "latest", ".lock"
-REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make the folder writable"),
-    errno.EFBIG: "raise the limit on the size of a file",
-}
 
 
 class CheckpointError(Exception):
@@ -46,30 +40,6 @@ class Checkpoint(NamedTuple):
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _iteration(path: Path) -> int:
@@ -191,12 +161,14 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(".tmp-*"):  # what a killed writer left behind
                 shutil.rmtree(stale)
+            for stale in self.folder.glob(f".{POINTER}.*.tmp"):
+                stale.unlink()
             temporary.mkdir()
             where = temporary / TENSORS
             digests = {TENSORS: write_tensors(tensors, where)}
             where = temporary / META
             where.write_text(meta)
-            digests[META] = sha256(where)
+            digests[META] = file_digest(where)
             sizes = {name: (temporary / name).stat().st_size for name in digests}
             manifest = {name: {"sha256": digest, "bytes": sizes[name]} for name, digest in digests.items()}
             where = temporary / MANIFEST
@@ -209,7 +181,7 @@ class CheckpointStore:
             os.rename(temporary, final)
             sync(self.folder)
             where = self.folder / POINTER
-            write_text(where, final.name)
+            replace_file(where, final.name.encode(), durable=True)
             where = self.folder
             self._tidy(final)
         except OSError as error:
@@ -272,6 +244,6 @@ class CheckpointStore:
                 raise CheckpointError(f"{file}: missing")
             if file.stat().st_size != size:
                 raise CheckpointError(f"{file}: truncated ({file.stat().st_size} of {size} bytes)")
-            if sha256(file) != digest:
+            if file_digest(file) != digest:
                 raise CheckpointError(f"{file}: damaged (its SHA-256 is not the recorded one)")
         return Checkpoint(load_file(path / TENSORS), json.loads((path / META).read_text()), path)

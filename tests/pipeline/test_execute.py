@@ -286,9 +286,7 @@ def test_a_stage_that_writes_nothing(repo: Any) -> None:
 @pytest.mark.parametrize("name", ["CheckpointError", "PlainValueError"])
 def test_the_librarys_own_errors_are_quoted(repo: Any, name: str) -> None:
     """A ValueError class of scm_core was written for the user; any other exception is a fault of ours."""
-    package = repo.root / "scm_core"
-    package.mkdir()
-    (package / "__init__.py").write_text("class CheckpointError(ValueError): pass\n")
+    (repo.root / "scm_core/__init__.py").write_text("class CheckpointError(ValueError): pass\n")
     raised = (
         "scm_core.CheckpointError('step 5: damaged; delete it')" if name == "CheckpointError" else "ValueError('odd')"
     )

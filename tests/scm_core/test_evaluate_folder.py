@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scm_core.evaluate.chunks import StoreError
+from scm_core.disk import StoreError
 from scm_core.evaluate.folder import ImageFolder, KeptImages
 
 
