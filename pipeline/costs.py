@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipeline.params import Scale, Slot
+from pipeline.params import PretrainedVae, Scale, Slot
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
@@ -25,6 +25,7 @@ STUDENT = {
 }  # fmt: skip
 GUIDED = 1 / 3  # more for each teacher that is guided
 VAE = 40 / (1000 * 64 * 24**2)  # per image and width², an iteration of 32×32
+PUBLISHED_VAE = (30, 335e6)  # seconds and bytes of sd-vae-ft-mse, without its download
 FEATURES = 12 / (600 * 64)  # per image
 IMAGE = 0.9e-3  # to decode a sample and take its features
 TOY = 35e-6 / 64  # per point and unit of width, an iteration of Figure 3's networks
@@ -87,7 +88,9 @@ def dataset(slot: Slot, axes: Mapping[str, str]) -> Resources:
 
 @_of_slot
 def vae(slot: Slot, axes: Mapping[str, str]) -> Resources:
-    """Training the VAE."""
+    """Training the VAE, or verifying a published one."""
+    if isinstance(slot.vae, PretrainedVae):
+        return _resources(PUBLISHED_VAE[0], PUBLISHED_VAE[1])
     assert slot.vae is not None
     area = (slot.dataset.resolution / 32) ** 2
     return _resources(VAE * _images(slot.vae.training) * slot.vae.width**2 * area, 4 * 300 * slot.vae.width**2)
@@ -96,8 +99,13 @@ def vae(slot: Slot, axes: Mapping[str, str]) -> Resources:
 @_of_slot
 def latents(slot: Slot, axes: Mapping[str, str]) -> Resources:
     """Encoding every image."""
-    assert slot.vae is not None
-    return _resources(5, IMAGES * 8 * slot.vae.latent_channels * (slot.dataset.resolution // 4) ** 2)
+    return _resources(5, IMAGES * 8 * slot.item_channels * slot.item_resolution**2)
+
+
+@_of_slot
+def reconstruction(slot: Slot, axes: Mapping[str, str]) -> Resources:
+    """Decoding and measuring as many images as an evaluation reports."""
+    return _resources(5 + IMAGE * min(slot.evaluation.samples, IMAGES), 1 * MB)
 
 
 @_of_slot

@@ -29,10 +29,14 @@ def generate(params: Params) -> str:
     jobs = registry.jobs(params)
     stages = {job.name: _stage(job) for job in jobs}
     evaluations = [_templated(job, path) for job in jobs if job.stage == "evaluate" for path in job.outputs]
+    floors = [_templated(job, path) for job in jobs if job.stage == "reconstruction" for path in job.outputs]
     sweeps = {f"{folder}/{paths.SWEEP}": "fid" for folder in evaluations}
     text = {
         "stages": stages,
-        "metrics": [f"{folder}/{paths.FACTS}" for folder in evaluations],
+        "metrics": [
+            *(f"{folder}/{paths.FLOOR}" for folder in floors),
+            *(f"{folder}/{paths.FACTS}" for folder in evaluations),
+        ],
         "plots": [{"FID by guidance": {"template": "scatter", "x": "guidance", "y": sweeps}}],
     }
     return HEADER + yaml.safe_dump(text, sort_keys=False, width=10_000, allow_unicode=True)

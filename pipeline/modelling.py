@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pipeline.context import Context
 from pipeline.files import sha256_file
+from pipeline.params import Slot
+from scm_core.autoencoder_kl import AutoencoderKL
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import load_model
 from scm_core.objectives import Batch
@@ -67,30 +69,33 @@ def load_data(ctx: Context) -> Data:
 def image_data(images: ImageSet, labelled: bool) -> Data:
     """Images in [−1, 1], with their labels if asked for."""
     pixels = images.images
-    shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
-    return Data(lambda index, _: from_uint8(pixels[index]), images.labels if labelled else None, len(images), shape)
+    labels = images.labels if labelled else None
+    return Data(lambda index, _: from_uint8(pixels[index]), labels, len(images), images.shape)
 
 
 class Decoder:
-    """x0 of a network to uint8 images: through the VAE among a job's inputs for latents, by rounding for pixels."""
+    """x0 of a network to uint8 images: through the VAE among a job's inputs for latents, as many at once as the slot says; by rounding for
+    pixels."""
 
-    def __init__(self, inputs: Mapping[str, Path], device: torch.device | None = None) -> None:
-        self.vae = load_vae(inputs["vae"]).to(device or "cpu") if "vae" in inputs else None
-        self.store = load_latents(inputs["latents"]) if self.vae else None
+    def __init__(self, slot: Slot, inputs: Mapping[str, Path], device: torch.device | None = None) -> None:
+        self.vae = load_vae(inputs["vae"]).to(device or "cpu") if slot.vae else None
+        self.store = load_latents(inputs["latents"]) if slot.vae else None
+        self.batch = slot.vae.engine.batch if slot.vae else 0
         self.facts: dict[str, Any] = {}  # what it depends on, as JSON values
         if self.store is not None:
             scaling = {key: getattr(self.store, key).tolist() for key in ("channel_mean", "channel_std")}
-            self.facts = {"vae": sha256_file(inputs["vae"] / VAE_FILE), **scaling}
+            self.facts = {"vae": sha256_file(inputs["vae"] / VAE_FILE), "batch": self.batch, **scaling}
 
     @torch.no_grad()
     def __call__(self, x0: Tensor) -> Tensor:
         if self.vae is None or self.store is None:
             return to_uint8(x0)
-        return to_uint8(self.vae.decode(self.store.decode_scale(x0)))
+        latents = self.store.decode_scale(x0)
+        return torch.cat([to_uint8(self.vae.decode(part)) for part in latents.split(self.batch)])
 
 
-def load_vae(folder: Path) -> VAE:
-    """The trained VAE in evaluation mode."""
+def load_vae(folder: Path) -> VAE | AutoencoderKL:
+    """The autoencoder of stage vae, in evaluation mode."""
     model = load_model(folder / VAE_FILE)
-    assert isinstance(model.net, VAE)
+    assert isinstance(model.net, VAE | AutoencoderKL)
     return model.net

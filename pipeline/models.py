@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.autoencoders import AnyVae, PretrainedVae, Sizes
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
 from pipeline.networks import Network
@@ -28,14 +29,12 @@ from pipeline.sections import (
     Seed,
     TeacherTraining,
     Training,
-    Vae,
     problem,
 )
 from pipeline.students import UNGUIDED, Student, StudentTraining
 
 SIGMA_MAX = 80.0  # that of scm_core.trigflow, where every sampler starts
 FEATURES_RESOLUTION = 8  # the smallest images that scm_core.evaluate.classifier takes
-VAE_DOWNSAMPLING = 4  # the VAE halves each side twice: 32×32 images to 8×8 latents
 
 # Names become folders, wildcards of Snakemake, stage names of DVC and words of a command line.
 ScaleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=32)]
@@ -60,7 +59,7 @@ class Slot(Model):
     """A place in the paper's tables that a scale fills: data, sizes, methods and numbers."""
 
     dataset: Dataset
-    vae: Vae | None = None
+    vae: AnyVae | None = None
     """Absent for pixel data."""
     features: Features | None = None
     """The classifier of the feature space `classifier`; absent where that is not measured in."""
@@ -88,6 +87,7 @@ class Slot(Model):
         for name in self.sizes:
             self._check_size(name)
         side = self.dataset.resolution
+        self._check_vae()
         if (self.features is not None) != ("classifier" in self.evaluation.spaces):
             what = "must be given if evaluation.spaces names the classifier, and only then"
             raise problem("features", what)
@@ -134,7 +134,7 @@ class Slot(Model):
 
     def _check_network(self, size: str) -> None:
         network = self.sizes[size].network
-        unit = network.downsampling * (VAE_DOWNSAMPLING if self.vae else 1)
+        unit = network.downsampling * (self.vae_sizes.downsampling if self.vae_sizes else 1)
         if self.dataset.resolution % unit:
             what = f"{'the VAE and ' if self.vae else ''}the network of size {size} ({network.architecture})"
             raise problem("dataset.resolution", f"must divide by {unit} for {what}, got {self.dataset.resolution}")
@@ -149,10 +149,34 @@ class Slot(Model):
                 what = f"must not be func, as the network of size {size} has checkpointing, which torch.func.jvp cannot train with"
                 raise problem(f"{key}.tangent_engine", f"{what}: use auto")
 
+    def _check_vae(self) -> None:
+        """Before the networks, whose resolution is that of the latents."""
+        side, channels = self.dataset.resolution, self.dataset.channels
+        if self.vae_sizes is None or not isinstance(self.vae, PretrainedVae):
+            return
+        if self.vae_sizes.channels != channels:
+            what = f"takes images of {self.vae_sizes.channels} channels, and dataset.channels is {channels}"
+            raise problem("vae.pretrained", f"{self.vae.pretrained} {what}: use such images, or another autoencoder")
+        if side % self.vae_sizes.downsampling:
+            what = (
+                f"must divide by {self.vae_sizes.downsampling}, the factor of the VAE {self.vae.pretrained}, got {side}"
+            )
+            raise problem("dataset.resolution", what)
+
+    @property
+    def vae_sizes(self) -> Sizes | None:
+        """What the networks depend on of the VAE; None for pixel data."""
+        return None if self.vae is None else self.vae.sizes(self.dataset.channels)
+
     @property
     def item_resolution(self) -> int:
         """The side of what networks are trained on: pixels, or latents."""
-        return self.dataset.resolution // (VAE_DOWNSAMPLING if self.vae else 1)
+        return self.dataset.resolution // (self.vae_sizes.downsampling if self.vae_sizes else 1)
+
+    @property
+    def item_channels(self) -> int:
+        """The channels of what networks are trained on."""
+        return self.vae_sizes.latent_channels if self.vae_sizes else self.dataset.channels
 
     def teacher_for(self, size: str) -> TeacherTraining:
         """Teacher training of one size, its overrides merged in."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
+from pipeline.autoencoders import TAGS, PretrainedVae, Vae
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2
 from pipeline.models import Params, Scale, Size, Slot
@@ -32,7 +33,6 @@ from pipeline.sections import (
     TeacherSampling,
     TeacherTraining,
     Training,
-    Vae,
 )
 from pipeline.students import StudentTraining
 
@@ -49,6 +49,7 @@ __all__ = [
     "Network",
     "Params",
     "ParamsError",
+    "PretrainedVae",
     "Scale",
     "Size",
     "Slot",
@@ -206,7 +207,7 @@ def _known_path(loc: Sequence[int | str], data: Any) -> list[int | str]:
     """The keys of the file in an error's location: pydantic adds '[key]' and the tags of unions."""
     path: list[int | str] = []
     for part in loc:
-        if part == "[key]":
+        if part in {"[key]", *TAGS}:
             continue
         # The tag of a discriminated union is a value of the section where a key is expected.
         if isinstance(data, Mapping) and part not in data and part in [v for v in data.values() if isinstance(v, str)]:

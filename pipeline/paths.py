@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 
 MANIFEST = "manifest.json"
 SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
+FLOOR, FLOOR_ROWS = "reconstruction.json", "reconstruction.csv"  # in that of reconstruction
 
 
 class JobName(Protocol):

@@ -22,98 +22,18 @@ This module stays cheap to import (standard library and the validated parameters
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import costs
+from pipeline import costs, expansion
 from pipeline.costs import Resources
 from pipeline.errors import RegistryError, suggestion
-from pipeline.job import REPORT_SLOT, REPORTS, Axes, Job, Point, Stage, table2_students
+from pipeline.job import REPORTS, Job, Stage
 from pipeline.params import Params
 
 __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "find", "jobs", "parents", "settings"]
-
-
-def _slots(params: Params) -> Axes:
-    return ({"slot": name} for name in params.active.slots)
-
-
-def _latent_slots(params: Params) -> Axes:
-    return ({"slot": name} for name, slot in params.active.slots.items() if slot.vae)
-
-
-def _classified_slots(params: Params) -> Axes:
-    return ({"slot": name} for name, slot in params.active.slots.items() if slot.features)
-
-
-def _sizes(params: Params) -> Axes:
-    return ({"slot": name, "size": size} for name, slot in params.active.slots.items() for size in slot.sizes)
-
-
-def _students(params: Params) -> Axes:
-    slots = params.active.slots
-    return ({**axes, "method": method} for axes in _sizes(params) for method in slots[axes["slot"]].students)
-
-
-def _models(params: Params) -> Axes:
-    for axes in _sizes(params):
-        for method in ("teacher", *params.active.slots[axes["slot"]].students):
-            yield {**axes, "method": method}
-
-
-def _table2(params: Params) -> Axes:
-    return iter([{}] if REPORT_SLOT in params.active.slots else [])
-
-
-def _figure2(params: Params) -> Axes:
-    slot = params.active.slots.get(REPORT_SLOT)
-    return iter([{}] if slot and slot.figure2 else [])
-
-
-def _figure7(params: Params) -> Axes:
-    slot = params.active.slots.get(REPORT_SLOT)
-    return iter([{}] if slot and any(student.guidance for student in slot.students.values()) else [])
-
-
-def _figure3(params: Params) -> Axes:
-    return iter([{}] if params.active.figure3 else [])
-
-
-def _evaluations(point: Point) -> dict[str, Path]:
-    """Every evaluation of a report's slot, as evaluate-<size>-<method>."""
-    return {
-        f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
-        for size in point.slot.sizes
-        for method in ("teacher", *table2_students(point.slot))
-    }
-
-
-def _guided_evaluations(point: Point) -> dict[str, Path]:
-    """The evaluations of teachers and of the students with a guidance input, as evaluate-<size>-<method>."""
-    return {
-        f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
-        for size, declared in point.slot.sizes.items()
-        for method in ("teacher", *(name for name, student in declared.students.items() if student.guidance))
-    }
-
-
-def _figure2_inputs(point: Point) -> dict[str, Path]:
-    """Every network of the slot, as teacher-<size> or student-<size>-<method>, the decoder, the evaluations."""
-    inputs: dict[str, Path] = {}
-    for size in point.slot.sizes:
-        inputs[f"teacher-{size}"] = point.folder("teacher", size)
-        inputs |= {
-            f"student-{size}-{name}": point.folder("student", size, name) for name in table2_students(point.slot)
-        }
-    return {**inputs, **point.decoder(), **_evaluations(point)}
-
-
-def _network_keys(point: Point, section: str) -> tuple[str, ...]:
-    size = f".sizes.{point.axes['size']}"
-    return ("seed", ".sigma_data", f".{section}", f"{size}.network", f"{size}.{section}")
 
 
 # In topological order.
@@ -122,34 +42,34 @@ _DECLARED = (
         "dataset",
         "read and pad the images",
         axes=("slot",),
-        expand=_slots,
+        expand=expansion.slots,
         inputs=lambda p: {},
         params=lambda p: (".dataset",),
         cost=costs.dataset,
     ),
     Stage(
         "vae",
-        "train the VAE",
+        "train the VAE, or verify a published one",
         axes=("slot",),
-        expand=_latent_slots,
-        inputs=lambda p: p.inputs("dataset"),
-        params=lambda p: ("seed", ".vae"),
+        expand=expansion.latent_slots,
+        inputs=expansion.vae_inputs,
+        params=expansion.vae_keys,
         cost=costs.vae,
     ),
     Stage(
         "latents",
         "encode the images",
         axes=("slot",),
-        expand=_latent_slots,
+        expand=expansion.latent_slots,
         inputs=lambda p: p.inputs("dataset", "vae"),
-        params=lambda p: ("seed", ".sigma_data"),
+        params=expansion.latents_keys,
         cost=costs.latents,
     ),
     Stage(
         "features",
         "train the classifier that makes the features of FID",
         axes=("slot",),
-        expand=_classified_slots,
+        expand=expansion.classified_slots,
         inputs=lambda p: p.inputs("dataset"),
         params=lambda p: ("seed", ".features"),
         cost=costs.features,
@@ -158,34 +78,43 @@ _DECLARED = (
         "reference",
         "features and moments of the data",
         axes=("slot",),
-        expand=_slots,
+        expand=expansion.slots,
         inputs=lambda p: {**p.inputs("dataset"), **p.features()},
         params=lambda p: (".evaluation.spaces",),
         cost=costs.reference,
     ),
     Stage(
+        "reconstruction",
+        "the distances of the images from themselves, encoded and decoded: the floor of a latent model's",
+        axes=("slot",),
+        expand=expansion.latent_slots,
+        inputs=lambda p: {**p.inputs("latents", "vae"), **p.features(), **p.inputs("reference")},
+        params=lambda p: tuple(f".evaluation.{key}" for key in ("spaces", "samples", "neighbours", "groups", "batch")),
+        cost=costs.reconstruction,
+    ),
+    Stage(
         "teacher",
         "train a diffusion model",
         axes=("slot", "size"),
-        expand=_sizes,
+        expand=expansion.sizes,
         inputs=lambda p: {**p.data(), **p.decoder()},
-        params=lambda p: _network_keys(p, "teacher"),
+        params=lambda p: expansion.network_keys(p, "teacher"),
         cost=costs.teacher,
     ),
     Stage(
         "student",
         "train a consistency model",
         axes=("slot", "size", "method"),
-        expand=_students,
+        expand=expansion.students,
         inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data(), **p.decoder()},
-        params=lambda p: _network_keys(p, f"students.{p.axes['method']}"),
+        params=lambda p: expansion.network_keys(p, f"students.{p.axes['method']}"),
         cost=costs.student,
     ),
     Stage(
         "evaluate",
         "sweep the guidance, select, measure again on fresh samples",
         axes=("slot", "size", "method"),
-        expand=_models,
+        expand=expansion.evaluated,
         inputs=lambda p: {**p.model(), **p.decoder(), **p.features(), **p.inputs("reference")},
         params=lambda p: (".sigma_data", ".evaluation"),
         cost=costs.evaluate,
@@ -194,8 +123,8 @@ _DECLARED = (
         "table2",
         "Table 2: the paper's rows and ours",
         axes=(),
-        expand=_table2,
-        inputs=_evaluations,
+        expand=expansion.of_table2,
+        inputs=lambda p: {**expansion.evaluations(p), **p.inputs("reconstruction")},
         params=lambda p: (".dataset", ".evaluation"),
         cost=costs.report,
         reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
@@ -205,8 +134,8 @@ _DECLARED = (
         "figure2",
         "Figure 2: samples of teacher and students from the same noise",
         axes=(),
-        expand=_figure2,
-        inputs=_figure2_inputs,
+        expand=expansion.of_figure2,
+        inputs=expansion.figure2_inputs,
         params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
         cost=costs.figure,
         reports=(REPORTS / "figure2.png",),
@@ -215,7 +144,7 @@ _DECLARED = (
         "figure3",
         "Figure 3: discrete and continuous time on a toy whose PF-ODE is known",
         axes=(),
-        expand=_figure3,
+        expand=expansion.of_figure3,
         inputs=lambda p: {},
         params=lambda p: ("seed", "figure3"),
         cost=costs.figure3,
@@ -225,8 +154,8 @@ _DECLARED = (
         "figure7",
         "Figure 7: precision, recall and FID against guidance",
         axes=(),
-        expand=_figure7,
-        inputs=_guided_evaluations,
+        expand=expansion.of_figure7,
+        inputs=expansion.guided_evaluations,
         params=lambda p: (".dataset", ".evaluation"),
         cost=costs.figure,
         reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),

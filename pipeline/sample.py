@@ -99,5 +99,5 @@ def draw(
     indices = range(seed, seed + len(labels))
     shape = tuple(model.config[key] for key in ("channels", "resolution", "resolution"))
     noise = noise_of(student, indices, shape, steps or (max(student.steps) if student else 1))
-    decode = Decoder({name: paths.root() / path for name, path in job.inputs.items()})
+    decode = Decoder(slot, {name: paths.root() / path for name, path in job.inputs.items()})
     save_grid(decode(samples(slot, student, model.net, noise, labels, guidance)), output, columns)

@@ -84,15 +84,6 @@ class BasicTraining(Model):
     checkpoint_every: Count
 
 
-class Vae(Model):
-    latent_channels: Count
-    width: Count
-    """Channels of the first level."""
-    kl_weight: NonNegative
-    """Weight of the KL term beside the mean squared error."""
-    training: BasicTraining
-
-
 class Features(Model):
     dim: Count
     """Width of the classifier's penultimate layer: the dimension of the FID space."""

@@ -79,7 +79,7 @@ class ModelSubject:
         self.model: Model = load_model(self.folder / MODEL)
         self.model.net.to(self.device)
         self.name = str(self.model.info["run"])
-        self.decode = Decoder(inputs, self.device)
+        self.decode = Decoder(slot, inputs, self.device)
         self.weights, self.code = sha256_file(self.folder / MODEL), meaning_of(*CODE)
         self._variant: tuple[tuple[float | None, int | None], nn.Module] = ((None, None), self.model.net)
 

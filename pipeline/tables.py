@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.paths import FACTS, SWEEP
+from pipeline.paths import FACTS, FLOOR, SWEEP
 from pipeline.sweep import REPORT, mean_of
 
 TABLE2_COLUMNS = [
@@ -92,6 +92,18 @@ def table2(paper: Path, ours: list[dict[str, str]]) -> pd.DataFrame:
         kept = {key: row[key] for key in ("section", "method", "nfe", "fid", "params")}
         rows.append({**kept, "size": size[1] if size else "", **PAPER_SETTING})
     return pd.DataFrame(rows + ours, columns=TABLE2_COLUMNS).fillna("")
+
+
+def floor_note(folder: Path) -> str:
+    """What the autoencoder costs, as a sentence, from the output of stage reconstruction."""
+    facts = json.loads((folder / FLOOR).read_text())
+    found = facts["reported"]
+    return (
+        f"Reconstruction floor: FID {found['fid']:.3f} ± {found['fid_se']:.3f} of {facts['samples']} images that were encoded, drawn from "
+        f"their latent Gaussians and decoded: what would remain of a perfect model of the latents (run {facts['run']})."
+        if "fid" in found
+        else "Reconstruction floor: FID was not measured."
+    )
 
 
 def to_markdown(table: pd.DataFrame, title: str, notes: list[str]) -> str:

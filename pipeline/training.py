@@ -22,13 +22,14 @@ from scm_core.nn.build import build_network, save_model
 from scm_core.objectives import Companion, Objective
 from scm_core.seeds import derive_seed, sample_noise
 from scm_core.train.checkpoint import CheckpointStore
+from scm_core.train.distributed import own_device
 from scm_core.train.loop import Continuation, train
 from scm_core.train.precision import Scaling
 from scm_core.train.schedule import Schedule
 from scm_core.train.signals import Stopped, StopRequest
 from scm_core.train.state import TrainSettings, TrainState
 
-GRID_ROWS = 4
+GRID_ROWS, GRID_COLUMNS = 4, 10  # the columns are classes, the first ones of many
 ALONE = Engine()  # one process, nothing special
 ENGINE = ("implementation", "accumulation", "shard_optimizer")  # settings that a run may go on with others of
 
@@ -147,9 +148,9 @@ def budget(engine: Engine) -> float | None:
 def grid_sampler(
     ctx: Context, config: Mapping[str, Any], data: Data, generate: Callable[[nn.Module, Tensor, Tensor], Tensor]
 ) -> Callable[[TrainState], None]:
-    """A hook that draws the averaged network's samples of every class from fixed unit noise, into samples.png and the tracker."""
-    decode = Decoder(ctx.inputs)
-    columns = config["labels"] or 10
+    """A hook that draws the averaged network's samples of every class, or the first ones, into samples.png and the tracker."""
+    decode = Decoder(ctx.slot, ctx.inputs, own_device())
+    columns = min(config["labels"] or GRID_COLUMNS, GRID_COLUMNS)
     labels = torch.arange(columns).repeat(GRID_ROWS)
     noise = sample_noise(range(len(labels)), data.shape, "grid")
 
@@ -158,7 +159,7 @@ def grid_sampler(
         net = build_network(config).eval().to(device)
         net.load_state_dict(state.averaged(), strict=False)
         path = ctx.out / "samples.png"
-        save_grid(decode(generate(net, noise.to(device), labels.to(device)).cpu()), path, columns)
+        save_grid(decode(generate(net, noise.to(device), labels.to(device))).cpu(), path, columns)
         named = ctx.work / f"samples-{state.nimg:09d}.png"
         named.write_bytes(path.read_bytes())
         ctx.tracker.log_artifact(named, "samples")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,36 @@ from torch import Tensor, nn
 from scm_core.seeds import normal
 
 DOWNSAMPLING = 4  # image side over latent side
+
+
+class Autoencoder(Protocol):
+    """What turns images into latents and back, here `VAE`, published ones `scm_core.autoencoder_kl.AutoencoderKL`."""
+
+    channels: int
+    latent_channels: int
+    downsampling: int
+    """Image side over latent side."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of q(z | x), (B, latent_channels, h, w), for images x (B, channels, H, W) in [−1, 1]."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return images (B, channels, H, W), nominally in [−1, 1], not clipped, of latents z (B, latent_channels, h, w)."""
+
+
+def check_images(vae: Autoencoder, x: Tensor) -> None:
+    """Raise `ValueError` unless x can be encoded: (B, channels, H, W), H and W multiples of the VAE's factor."""
+    if x.ndim != 4 or x.shape[1] != vae.channels or x.shape[2] % vae.downsampling or x.shape[3] % vae.downsampling:
+        raise ValueError(
+            f"VAE: images must be (B, {vae.channels}, H, W) with H and W multiples of {vae.downsampling}, "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def check_latents(vae: Autoencoder, z: Tensor) -> None:
+    """Raise `ValueError` unless z can be decoded: (B, latent_channels, h, w)."""
+    if z.ndim != 4 or z.shape[1] != vae.latent_channels:
+        raise ValueError(f"VAE: latents must be (B, {vae.latent_channels}, h, w), got {tuple(z.shape)}")
 
 
 class VaeTerms(NamedTuple):
@@ -28,6 +58,8 @@ class VAE(nn.Module):
     Made for a CPU: space-to-depth replaces convolutions at full resolution, and the decoder gets most of the work,
     since it decides how sharp a sample can be.
     """
+
+    downsampling = DOWNSAMPLING
 
     def __init__(self, channels: int = 1, latent_channels: int = 4, width: int = 24) -> None:
         super().__init__()
@@ -55,18 +87,13 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of q(z | x), each (B, latent_channels, H/4, W/4), for images x in [−1, 1]."""
-        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] % DOWNSAMPLING or x.shape[3] % DOWNSAMPLING:
-            raise ValueError(
-                f"VAE: images must be (B, {self.channels}, H, W) with H and W multiples of {DOWNSAMPLING}, "
-                f"got {tuple(x.shape)}"
-            )
+        check_images(self, x)
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
         """Return images (B, channels, 4h, 4w), nominally in [−1, 1], not clipped, of latents (B, latent_channels, h, w)."""
-        if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(f"VAE: latents must be (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
+        check_latents(self, z)
         return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ def run(ctx: Context) -> None:
     slot = ctx.scale.slots[REPORT_SLOT]
     wanted, how = slot.figure2, slot.evaluation
     assert wanted is not None
-    decode = Decoder(ctx.inputs)
+    decode = Decoder(slot, ctx.inputs)
     labels = torch.tensor(wanted.labels)
     indices = range(wanted.seed, wanted.seed + len(labels))
     rows: list[tuple[str, Tensor]] = []

@@ -4,7 +4,7 @@
 from pipeline import paths
 from pipeline.context import Context
 from pipeline.job import REPORT_SLOT
-from pipeline.tables import METHOD_NAMES, our_rows, table2, to_markdown
+from pipeline.tables import METHOD_NAMES, floor_note, our_rows, table2, to_markdown
 
 
 def run(ctx: Context) -> None:
@@ -28,6 +28,8 @@ def run(ctx: Context) -> None:
         f"{how.select_samples} other samples from {grid}. The error is that of independent samples, an upper estimate "
         f"for ours, which have equally many of each class. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. "
         "NFE n x2: two passes for each guided evaluation.",
+        "",
+        floor_note(ctx.inputs["reconstruction"]),
     ]
     (ctx.out / "table2.md").write_text(to_markdown(table, "Table 2", notes))
     for name in ("table2.csv", "table2.md"):

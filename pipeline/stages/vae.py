@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage vae: train the autoencoder that gives the latents."""
+"""Stage vae: the autoencoder that gives the latents, trained here, or a published one, verified."""
 
 import torch
 
+from pipeline import paths
 from pipeline.context import Context
+from pipeline.errors import PipelineError
 from pipeline.grids import save_grid
 from pipeline.modelling import VAE_FILE, image_data
+from pipeline.params import PretrainedVae, Vae
 from pipeline.training import run_training, train_settings
+from scm_core.autoencoder_kl import KNOWN, load_pretrained
 from scm_core.data import from_uint8, load_images, to_uint8
 from scm_core.nn.build import build_network, save_model
 from scm_core.objectives import Batch, Terms
@@ -15,9 +19,36 @@ from scm_core.vae import VAE, vae_loss
 
 
 def run(ctx: Context) -> None:
-    """Write the VAE's weights and a picture of images above their reconstructions."""
+    """Write the VAE's weights; of one that is trained also a picture of images above their reconstructions."""
     wanted = ctx.slot.vae
     assert wanted is not None  # the registry gives this stage to latent slots only
+    if isinstance(wanted, PretrainedVae):
+        publish(ctx, wanted)
+    else:
+        train(ctx, wanted)
+
+
+def publish(ctx: Context, wanted: PretrainedVae) -> None:
+    """The weights as a model file of this project, which later stages read without the folder that they come from."""
+    known = wanted.pretrained in KNOWN
+    try:
+        net, config, info = load_pretrained(
+            wanted.pretrained if known else paths.root() / wanted.pretrained, wanted.sha256
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise PipelineError(f"{ctx.job.name}: {error}") from error
+    for name, said in wanted.sizes(ctx.slot.dataset.channels)._asdict().items():
+        if (found := getattr(net, name)) != said:
+            where = "dataset" if name == "channels" else "vae"
+            raise PipelineError(
+                f"{ctx.job.name}: {where}.{name} is {said} in params.yaml, and the VAE {wanted.pretrained} has {found}: "
+                "change it, or use another VAE"
+            )
+    save_model(ctx.out / VAE_FILE, net.state_dict(), config, info)
+
+
+def train(ctx: Context, wanted: Vae) -> None:
+    """The weights, and a picture of images above their reconstructions."""
     seed = derive_seed(ctx.scale.seed, ctx.job.name)
     images = load_images(ctx.inputs["dataset"])
     config = {

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scm_core.data.arrays import load_arrays, save_arrays
-from scm_core.data.images import from_uint8
+from scm_core.data.images import PART, from_uint8
+from scm_core.data.shards import Field, Sharded, open_store
+from scm_core.data.writing import ShardWriter
 from scm_core.seeds import normal
 
 KIND = "latents"
@@ -22,13 +24,13 @@ KIND = "latents"
 class LatentStore:
     """Per-image latent Gaussians and the per-channel scaling to σ_d.
 
-    `mean`, `std` (N, C, h, w) float32; `labels` (N,) int64; `channel_mean`, `channel_std` (C,) float32;
+    `mean`, `std` (N, C, h, w) float32, in memory or mapped (`Sharded`); `labels` (N,) int64; `channel_mean`, `channel_std` (C,) float32;
     `sigma_data` > 0; `name` of the image set. `ValueError` if types or shapes disagree, or the scaling is not finite and positive. The
     values of `mean` and `std`, which may be larger than memory, are not looked at: `encode_images` checks what it makes.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | Sharded
+    std: Tensor | Sharded
     labels: Tensor
     channel_mean: Tensor
     channel_std: Tensor
@@ -92,32 +94,71 @@ class LatentStore:
 
 
 def latent_store(
-    mean: Tensor,
-    std: Tensor,
+    mean: Tensor | Sharded,
+    std: Tensor | Sharded,
     labels: Tensor,
     sigma_data: float,
     name: str,
     channel_mean: Tensor | None = None,
     channel_std: Tensor | None = None,
 ) -> LatentStore:
-    """Build a `LatentStore`, with the given channel scaling or with the one measured over the set.
-
-    Measured: the channel's mean over images and positions, and by the law of total variance
-    channel_std² = Var(mean) + E[std²], so that x0 with its sampling noise has standard deviation σ_d.
-    """
+    """Build a `LatentStore`, with the given channel scaling or with the one measured over the set (`ChannelMoments`)."""
     if (channel_mean is None) != (channel_std is None):
         raise ValueError("channel_mean and channel_std must be given both or neither")
     if channel_mean is None or channel_std is None:
-        wide = mean.double()
-        channel_mean = wide.mean(dim=(0, 2, 3))
-        variance = wide.var(dim=(0, 2, 3), correction=0) + std.double().square().mean(dim=(0, 2, 3))
-        channel_std = variance.sqrt()
+        moments = ChannelMoments()
+        if isinstance(mean, Tensor) and isinstance(std, Tensor):
+            moments.update(mean, std)
+        else:
+            for means, stds in zip(mean.split(PART), std.split(PART), strict=True):
+                moments.update(means, stds)
+        channel_mean, channel_std = moments.mean, moments.std
     return LatentStore(mean, std, labels, channel_mean.float(), channel_std.float(), float(sigma_data), name)
+
+
+class ChannelMoments:
+    """The channel scaling of latent Gaussians, gathered part by part in float64.
+
+    The channel's mean over images and positions, and by the law of total variance channel_std² = Var(mean) + E[std²], so that x0 with its
+    sampling noise has standard deviation σ_d. Parts are merged by the formula for pooled variances.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self._between = self._within = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, mean: Tensor, std: Tensor) -> None:
+        """Add latents (B, C, h, w)."""
+        wide = mean.double()
+        count, centre = wide.numel() // wide.shape[1], wide.mean(dim=(0, 2, 3))
+        between = wide.var(dim=(0, 2, 3), correction=0)
+        within = std.double().square().mean(dim=(0, 2, 3))
+        if not self.count:
+            self.count, self.mean, self._between, self._within = count, centre, between, within
+            return
+        total = self.count + count
+        share, shift = count / total, centre - self.mean
+        self._between = self._between + (between - self._between) * share + shift.square() * share * (1 - share)
+        self._within = self._within + (within - self._within) * share
+        self.count, self.mean = total, self.mean + shift * share
+
+    @property
+    def std(self) -> Tensor:
+        """(C,) float64."""
+        return (self._between + self._within).sqrt()
+
+
+def checked_std(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Return std = e^(logvar/2) of an encoder's output; `ValueError` if one of the three holds NaN or an infinity."""
+    std = (logvar / 2).exp()
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(logvar).all() and torch.isfinite(std).all()):
+        raise ValueError("the encoder returned NaN or infinite latents")
+    return std
 
 
 @torch.no_grad()
 def encode_images(
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, batch: int = 500
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor | Sharded, batch: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Return (mean, std), each (N, C, h, w), of `encode(x) -> (mean, logvar)` over uint8 images (N, C, H, W), `batch`
     at a time. `ValueError` if the encoder gives NaN, an infinity, or a log-variance whose std overflows.
@@ -127,27 +168,58 @@ def encode_images(
     parts = [encode(from_uint8(chunk)) for chunk in images.split(batch)]
     mean = torch.cat([part[0] for part in parts]).contiguous()
     logvar = torch.cat([part[1] for part in parts]).contiguous()
-    std = (logvar / 2).exp()
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(logvar).all() and torch.isfinite(std).all()):
-        raise ValueError("the encoder returned NaN or infinite latents")
-    return mean, std
+    return mean, checked_std(mean, logvar)
+
+
+def latent_writer(
+    folder: str | Path, count: int, shape: tuple[int, int, int], made_from: Mapping[str, object] | None = None
+) -> ShardWriter:
+    """The store in `folder` of `count` latents (C, h, w), to be filled with `mean` and `std` float32; `finish_latents` ends it."""
+    fields = {"mean": Field("float32", shape), "std": Field("float32", shape)}
+    return ShardWriter(folder, KIND, fields, count, made_from)
+
+
+def finish_latents(
+    writer: ShardWriter,
+    labels: Tensor,
+    sigma_data: float,
+    name: str,
+    channel_mean: Tensor | None = None,
+    channel_std: Tensor | None = None,
+) -> None:
+    """Publish a filled store of latents with `labels` (N,) int64 and the given channel scaling, or the one measured over its shards."""
+    if (channel_mean is None) != (channel_std is None):
+        raise ValueError("channel_mean and channel_std must be given both or neither")
+    if channel_mean is None or channel_std is None:
+        moments = ChannelMoments()
+        for shard in writer.shard_arrays():
+            moments.update(torch.from_numpy(shard["mean"]), torch.from_numpy(shard["std"]))
+        channel_mean, channel_std = moments.mean, moments.std
+    small = {"channel_mean": channel_mean.float(), "channel_std": channel_std.float(), "labels": labels}
+    writer.finish({key: value.numpy() for key, value in small.items()}, {"name": name, "sigma_data": float(sigma_data)})
 
 
 def save_latents(store: LatentStore, folder: str | Path) -> None:
-    """Write a latent store to `folder` as .npy arrays with index.json."""
-    arrays = {name: getattr(store, name).numpy() for name in ("mean", "std", "labels", "channel_mean", "channel_std")}
-    save_arrays(folder, KIND, arrays, {"name": store.name, "sigma_data": store.sigma_data})
+    """Write a latent store to `folder`: mean-00000.npy, std-00000.npy, … (N, C, h, w), three small arrays, index.json."""
+    writer = latent_writer(folder, len(store), store.shape)
+
+    def items(part: range) -> dict[str, np.ndarray]:
+        return {key: getattr(store, key)[part.start : part.stop].numpy() for key in ("mean", "std")}
+
+    writer.fill(items, PART)
+    finish_latents(writer, store.labels, store.sigma_data, store.name, store.channel_mean, store.channel_std)
 
 
-def load_latents(folder: str | Path, verify: bool = True) -> LatentStore:
-    """Return the latent store in `folder`, memory-mapped; raises as `load_arrays` for missing, truncated or corrupt
-    files.
-    """
-    arrays, meta = load_arrays(folder, KIND, verify)
-    missing = {"mean", "std", "labels", "channel_mean", "channel_std"} - set(arrays)
-    if missing or not {"name", "sigma_data"} <= set(meta):
-        raise ValueError(
-            f"{folder}: its index.json is incomplete for latents (missing {sorted(missing)}): make it again"
-        )
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return LatentStore(**tensors, sigma_data=meta["sigma_data"], name=meta["name"])
+def load_latents(folder: str | Path, verify: bool = False) -> LatentStore:
+    """Return the latent store in `folder`, mean and std mapped into memory; raises and verifies as `open_store`."""
+    fields, arrays, meta = open_store(folder, KIND, verify)
+    names = ({"mean", "std"}, {"labels", "channel_mean", "channel_std"}, {"name", "sigma_data"})
+    missing = sorted(set.union(*(need - set(there) for need, there in zip(names, (fields, arrays, meta), strict=True))))
+    if missing:
+        raise ValueError(f"{folder}: its index.json is incomplete for latents (missing {missing}): make it again")
+    labels, channel_mean, channel_std = (
+        torch.from_numpy(arrays[key]) for key in ("labels", "channel_mean", "channel_std")
+    )
+    return LatentStore(
+        fields["mean"], fields["std"], labels, channel_mean, channel_std, meta["sigma_data"], meta["name"]
+    )

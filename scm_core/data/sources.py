@@ -3,64 +3,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images with labels: `images` (N, C, H, W) uint8, `labels` (N,) int64 in [0, num_labels), `name` of the set;
-    `ValueError` if these disagree.
-    """
-
-    images: Tensor
-    labels: Tensor
-    name: str
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                f"image set {self.name}: images must be uint8 of shape (N, C, H, W), "
-                f"got {self.images.dtype} of shape {tuple(self.images.shape)}"
-            )
-        if self.images.numel() == 0:
-            raise ValueError(f"image set {self.name}: there is no image in it, shape {tuple(self.images.shape)}")
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"image set {self.name}: labels must be int64 of shape ({len(self.images)},), "
-                f"got {self.labels.dtype} of shape {tuple(self.labels.shape)}"
-            )
-        if int(self.labels.min()) < 0:
-            raise ValueError(f"image set {self.name}: labels must be ≥ 0, got {int(self.labels.min())}")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def num_labels(self) -> int:
-        """One more than the largest label."""
-        return int(self.labels.max()) + 1
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of shape, pixels and labels: two sets are the same data exactly if their digests agree."""
-        return array_digest(self.images.numpy(), self.labels.numpy())
-
-
-def array_digest(*arrays: np.ndarray) -> str:
-    """SHA-256 over dtype, shape and little-endian content of `arrays`, in order, as 64 hex digits."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        digest.update(f"{plain.dtype.str}{array.shape}".encode())
-        digest.update(plain.data)
-    return digest.hexdigest()
+from scm_core.data.images import ImageSet
 
 
 def set_name(source: str, resolution: int) -> str:
@@ -88,7 +38,7 @@ def load_source(source: str, resolution: int | None = None) -> ImageSet:
         return image_set
     if resolution < 1 or native % resolution:
         raise ValueError(f"source {source}: resolution must divide {native}, got {resolution}")
-    pooled = torch.nn.functional.avg_pool2d(image_set.images.double(), native // resolution)
+    pooled = torch.nn.functional.avg_pool2d(image_set.images[:].double(), native // resolution)
     return ImageSet(pooled.round().to(torch.uint8), image_set.labels, set_name(source, resolution))
 
 
@@ -103,8 +53,8 @@ def mnist5k() -> ImageSet:
         raise ValueError(f"{path}: expected 5000 rows of 784 pixels and a label, got {table.shape}")
     pixels = table[:, :784].reshape(-1, 1, 28, 28)
     images = np.pad(pixels, ((0, 0), (0, 0), (2, 2), (2, 2)))
-    image_set = ImageSet(torch.from_numpy(images), torch.from_numpy(table[:, 784].astype(np.int64)), "mnist5k")
-    return _checked(image_set, per_class=500)
+    labels = torch.from_numpy(table[:, 784].astype(np.int64))
+    return _checked(torch.from_numpy(images), labels, "mnist5k", per_class=500)
 
 
 def digits() -> ImageSet:
@@ -117,20 +67,18 @@ def digits() -> ImageSet:
         raise ValueError(f"scikit-learn's digits: expected 1797×8×8 levels in 0…16, got shape {levels.shape}")
     images = np.rint(levels * (255 / 16)).astype(np.uint8)[:, None]
     labels = np.asarray(bunch.target).astype(np.int64)
-    return _checked(ImageSet(torch.from_numpy(images), torch.from_numpy(labels), "digits"))
+    return _checked(torch.from_numpy(images), torch.from_numpy(labels), "digits")
 
 
-def _checked(image_set: ImageSet, per_class: int | None = None) -> ImageSet:
-    """Refuse a set whose pixels do not span 0…255 or whose ten classes are not all there: another release of the
-    package changed it.
-    """
-    low, high = int(image_set.images.min()), int(image_set.images.max())
-    counts = torch.bincount(image_set.labels, minlength=10)
+def _checked(images: Tensor, labels: Tensor, name: str, per_class: int | None = None) -> ImageSet:
+    """The set, if its pixels span 0…255 and its ten classes are all there; else another release of the package changed it."""
+    low, high = int(images.min()), int(images.max())
+    counts = torch.bincount(labels, minlength=10)
     if (low, high) != (0, 255):
-        raise ValueError(f"image set {image_set.name}: pixels must span 0…255, got {low}…{high}")
+        raise ValueError(f"image set {name}: pixels must span 0…255, got {low}…{high}")
     if len(counts) != 10 or bool((counts == 0).any()) or (per_class and bool((counts != per_class).any())):
-        raise ValueError(f"image set {image_set.name}: unexpected class counts {counts.tolist()}")
-    return image_set
+        raise ValueError(f"image set {name}: unexpected class counts {counts.tolist()}")
+    return ImageSet(images, labels, name)
 
 
 SOURCES: dict[str, Callable[[], ImageSet]] = {"mnist5k": mnist5k, "digits": digits}

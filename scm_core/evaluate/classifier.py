@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scm_core.data.images import from_uint8
+from scm_core.data.shards import Sharded
 from scm_core.described import load_described, save_described
 
 FORMAT = "scm-classifier-1"
@@ -90,7 +91,7 @@ def classifier_loss(logits: Tensor, labels: Tensor) -> ClassifierTerms:
 
 
 @torch.no_grad()
-def fit_standardization(classifier: Classifier, images: Tensor, batch: int = 500) -> None:
+def fit_standardization(classifier: Classifier, images: Tensor | Sharded, batch: int = 500) -> None:
     """Measure the features' mean and standard deviation over uint8 `images` (N, C, H, W) and freeze them into the
     buffers.
 

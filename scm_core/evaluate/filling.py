@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scm_core.claims import claimed
 from scm_core.disk import StoreError, failure
 from scm_core.evaluate.chunks import Chunk, Chunks, Layout
 from scm_core.evaluate.folder import KeptImages
 from scm_core.evaluate.manifest import FeatureExtractor
-from scm_core.train.lock import HeldError, exclusive
+from scm_core.train.lock import HeldError
 
 STAYS = "the chunks that are there stay"
 SHOWN = 10  # samples named in an error
@@ -48,23 +48,17 @@ class Filler:
         path = self.chunks.find(index)
         if path is not None and self._problem(index, path, samples) is None and not self._lacks_images(samples):
             return None
-        claim = self.claims / f"chunk-{index:08d}.lock"
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(claim))
-            except HeldError as error:
-                return str(error)
-            except OSError as error:
-                raise failure(claim, error, f"claiming chunk {index}", STAYS) from error
-            path = self.chunks.find(index)  # again: who held the claim may have made it meanwhile
-            problem = None if path is None else self._problem(index, path, samples)
-            if path is not None and problem is not None:
-                self._set_aside(path, problem)
-                path = None
-            if path is None or self._lacks_images(samples):
-                self._make(index, samples, features=path is None)
-            # A process that has this file open may lock it, and another one a new file of its name: both will find the chunk.
-            claim.unlink(missing_ok=True)
+        try:
+            with claimed(self.claims / f"chunk-{index:08d}.lock", f"chunk {index}", STAYS):
+                path = self.chunks.find(index)  # again: who held the claim may have made it meanwhile
+                problem = None if path is None else self._problem(index, path, samples)
+                if path is not None and problem is not None:
+                    self._set_aside(path, problem)
+                    path = None
+                if path is None or self._lacks_images(samples):
+                    self._make(index, samples, features=path is None)
+        except HeldError as error:
+            return str(error)
         return None
 
     def _lacks_images(self, samples: range) -> bool:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scm_core.data.images import to_uint8
-from scm_core.data.sources import ImageSet
+from scm_core.data.images import ImageSet, to_uint8
+from scm_core.data.shards import Sharded
 from scm_core.disk import file_digest
 from scm_core.evaluate.frechet import frechet_with_error, triangular_root
 from scm_core.evaluate.manifold import FeatureSet, manifold_metrics
@@ -236,7 +236,7 @@ def load_reference(
     return reference
 
 
-def extract(extractor: Callable[[Tensor], Tensor], images: Tensor, batch: int = 500) -> Tensor:
+def extract(extractor: Callable[[Tensor], Tensor], images: Tensor | Sharded, batch: int = 500) -> Tensor:
     """Return float32 features (N, D) of uint8 images (N, 1 or 3, H, W), `batch` at a time; `ValueError` if they are not
     finite.
     """

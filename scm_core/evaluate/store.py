@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scm_core.claims import warn as _warn
+from scm_core.claims import work_off
 from scm_core.disk import StoreError, failure, replace_file
 from scm_core.evaluate.chunks import Chunks, Layout
 from scm_core.evaluate.filling import STAYS, Filler, Images
@@ -25,11 +25,6 @@ from scm_core.train.resume import changes
 __all__ = ["FeatureStore", "StoreError", "StoreInUseError"]
 
 MANIFEST, CLAIMS = "manifest.json", "claims"
-SHORTEST, LONGEST, PATIENCE = 0.05, 2.0, 300.0  # seconds: between looks at what others make, and until it is said who
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class StoreInUseError(StoreError):
@@ -95,37 +90,26 @@ class FeatureStore:
         Raises ValueError for images or features of a wrong kind, or not finite, before anything of that chunk is written, and
         StoreError if writing fails; the chunks that are there stay.
         """
-        rank, ranks = shard
-        if not 0 <= rank < ranks:
-            raise ValueError(f"shard: expected (rank, ranks) with 0 ≤ rank < ranks, got {shard}")
         self._require_extractors(extractors)
         self._prepare()
         kept = None if keep_images is None else KeptImages(keep_images, self.key)
         filler = Filler(self.chunks, self.path / CLAIMS, images, extractors, kept, self.count, self.warn)
-        waiting = sorted(range(self._chunks(self.count)), key=lambda index: index % ranks != rank)  # a stable order
-        done, pause, news = 0, SHORTEST, time.monotonic()
-        while True:
-            held: list[int] = []
-            holder = None
-            for index in waiting:
-                samples = self._samples(index)
-                holder = filler.settle(index, samples)
-                if holder is not None:
-                    held.append(index)
-                    continue
+        done = 0
+
+        def settle(index: int) -> str | None:
+            nonlocal done
+            samples = self._samples(index)
+            holder = filler.settle(index, samples)
+            if holder is None:
                 done += min(samples.stop, self.count) - samples.start
                 if progress is not None:
                     progress(done)
-            if not held:
-                return
-            if len(held) < len(waiting):
-                pause, news = SHORTEST, time.monotonic()
-            elif time.monotonic() - news > PATIENCE:
-                self.warn(f"{self.path}: waiting for chunk {held[-1]}, which {holder} is making")
-                news = time.monotonic()
-            waiting = held
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST)
+            return holder
+
+        def waiting(index: int, holder: str) -> None:
+            self.warn(f"{self.path}: waiting for chunk {index}, which {holder} is making")
+
+        work_off(self._chunks(self.count), settle, shard, waiting)
 
     def features(self, name: str, count: int | None = None) -> Tensor:
         """Features (N, D) float32 of the first `count` samples (the store's own if None) by the extractor `name`, in order.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights files of known extractors: where they come from, which bytes are the right ones, and how they are read."""
+"""Published weights files: where they come from, which bytes are the right ones, and how they are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Opener = Callable[[str], BinaryIO]
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published weights file: its name, `urls` that give the same bytes, their SHA-256 and number, and its licence."""
+    """A published file: its name below `weights_folder()`, `urls` that give the same bytes, their SHA-256 and number, its licence."""
 
     file: str
     urls: tuple[str, ...]
@@ -104,37 +104,48 @@ def find_weights(
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: extractor {name} needs its weights there")
-        return _verified(name, path, expected, own=sha256 is not None)
+        remedy = "give the right file or the right sha256" if known is None or sha256 is not None else _replace(known)
+        return verified(path, expected, f"extractor {name}", remedy)
     if known is None:
         raise ValueError(f"extractor {name} needs a weights file: none is published for it")
+    return find_published(known, f"extractor {name}", opener)
+
+
+def find_published(known: WeightsFile, what: str, opener: Opener = open_url) -> VerifiedWeights:
+    """Return a published file, verified, from `weights_folder()`, or fetched into it; `what` is it for, in messages.
+
+    Raises `FileNotFoundError` for a file that is neither there nor to be fetched and `ValueError` for one with another digest.
+    """
     path = weights_folder() / known.file
     if path.exists():
-        return _verified(name, path, expected, own=False)
-    return VerifiedWeights(_fetch(name, known, path, opener), known.sha256)
+        return verified(path, known.sha256, what, _replace(known))
+    return VerifiedWeights(_fetch(known, what, path, opener), known.sha256)
 
 
-def _verified(name: str, path: Path, expected: str | None, own: bool) -> VerifiedWeights:
+def _replace(known: WeightsFile) -> str:
+    return (
+        f"remove it and put {Path(known.file).name} from {known.urls[0]} there, or use other weights on purpose by giving their "
+        "sha256"
+    )
+
+
+def verified(path: Path, expected: str | None, what: str, remedy: str) -> VerifiedWeights:
+    """Return the file with its SHA-256; `ValueError` with `what` it is for and the `remedy` if another one is expected."""
     found = file_digest(path)
     if expected is not None and found != expected:
-        remedy = (
-            "give the right file or the right sha256"
-            if own
-            else f"remove it and put {WEIGHTS[name].file} from {WEIGHTS[name].urls[0]} there, or use other weights on "
-            "purpose by giving their sha256"
-        )
-        raise ValueError(f"{path} has SHA-256 {found}, {expected} expected for extractor {name}: {remedy}")
+        raise ValueError(f"{path} has SHA-256 {found}, {expected} expected for {what}: {remedy}")
     return VerifiedWeights(path, found)
 
 
-def _fetch(name: str, known: WeightsFile, path: Path, opener: Opener) -> Path:
+def _fetch(known: WeightsFile, what: str, path: Path, opener: Opener) -> Path:
     """Download into a temporary file beside `path`, verify, rename: any number of processes may do so at once."""
     refusals = []
     for url in known.urls:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             logging.getLogger(__name__).warning("fetching %s (%d MB) into %s", url, known.size // 10**6, path.parent)
-            with tempfile.TemporaryDirectory(prefix=f".{known.file}.", dir=path.parent) as folder:
-                part = Path(folder) / known.file
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+                part = Path(folder) / path.name
                 found = _download(url, part, known.size, opener)
                 if found == known.sha256:
                     os.replace(part, path)
@@ -143,8 +154,8 @@ def _fetch(name: str, known: WeightsFile, path: Path, opener: Opener) -> Path:
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             refusals.append(f"{url}: {error}")
     raise FileNotFoundError(
-        f"{path}, the weights of extractor {name}, is missing and could not be fetched ({'; '.join(refusals)}): put "
-        f"{known.file} there, from {known.urls[0]} (SHA-256 {known.sha256}), or name the folder that has it in "
+        f"{path}, the weights of {what}, is missing and could not be fetched ({'; '.join(refusals)}): put "
+        f"{path.name} there, from {known.urls[0]} (SHA-256 {known.sha256}), or name the folder that has {known.file} in "
         f"{FOLDER_VARIABLE}"
     )
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scm_core.autoencoder_kl import AutoencoderKL
 from scm_core.described import load_described, save_described
 from scm_core.nn.mlp import MLP
 from scm_core.nn.small import SmallNet
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "ddpmpp": DDPMPP,
     "mlp": MLP,
     "vae": VAE,
+    "autoencoder_kl": AutoencoderKL,
 }
 FORMAT = "scm-model-1"
 STUDENTS_OWN = {

@@ -77,13 +77,17 @@ def test_latents_survive_the_disk(store: LatentStore, tmp_path: Path) -> None:
     save_latents(store, tmp_path)
     loaded = load_latents(tmp_path)
     for name in ("mean", "std", "labels", "channel_mean", "channel_std"):
-        assert torch.equal(getattr(loaded, name), getattr(store, name))
+        assert torch.equal(getattr(loaded, name)[:], getattr(store, name))
+    assert torch.equal(
+        loaded.sample(torch.tensor([7, 399, 7]), torch.Generator().manual_seed(0)),
+        store.sample(torch.tensor([7, 399, 7]), torch.Generator().manual_seed(0)),
+    )
     assert (loaded.sigma_data, loaded.name, loaded.shape, len(loaded)) == (0.5, "toy", (3, 4, 4), 400)
-    data = bytearray((tmp_path / "std.npy").read_bytes())
+    data = bytearray((tmp_path / "std-00000.npy").read_bytes())
     data[-1] ^= 1
-    (tmp_path / "std.npy").write_bytes(data)
-    with pytest.raises(ValueError, match=r"std\.npy is corrupt"):
-        load_latents(tmp_path)
+    (tmp_path / "std-00000.npy").write_bytes(data)
+    with pytest.raises(ValueError, match=r"std-00000\.npy is corrupt"):
+        load_latents(tmp_path, verify=True)
 
 
 def test_impossible_latents_are_refused() -> None:

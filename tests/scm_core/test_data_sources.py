@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image sets that ship in packages, and image sets on disk."""
+"""The image sets that ship in packages."""
 
 import csv
 import gzip
 import hashlib
-import json
 import struct
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from scm_core.data import ImageSet, from_uint8, load_images, load_source, save_images, set_name
-from scm_core.data.arrays import load_arrays, save_arrays
-from scm_core.data.sources import array_digest
+from scm_core.data import ImageSet, from_uint8, load_source, set_name
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +69,17 @@ def test_a_set_is_called_what_its_name_is_known_to_be(source: str, resolution: i
     assert images.name == source + {4: "-4", 16: "-16"}.get(images.images.shape[-1], "")
 
 
-def test_a_digest_is_of_numbers_not_of_a_machines_byte_order() -> None:
-    """Shape, type and content matter; the order of bytes and of memory does not. Written out for little-endian 32-bit integers."""
-    numbers = np.arange(6, dtype="<i4").reshape(2, 3)
-    expected = hashlib.sha256(b"<i4(2, 3)" + b"".join(struct.pack("<i", n) for n in range(6))).hexdigest()
-    assert array_digest(numbers) == expected
-    assert array_digest(numbers.astype(">i4")) == expected
-    assert array_digest(np.asfortranarray(numbers)) == expected
-    others = [numbers.reshape(3, 2), numbers.astype("<i8"), numbers + 1]
-    assert expected not in map(array_digest, others)
+def test_a_digest_is_of_shape_pixels_and_labels(small: ImageSet) -> None:
+    """Written out for the bytes of little-endian integers."""
+    expected = hashlib.sha256(b"|u1(12, 3, 4, 5)" + bytes(small.images.flatten().tolist()))
+    expected.update(b"<i8(12,)" + b"".join(struct.pack("<q", label) for label in small.labels.tolist()))
+    assert small.digest == expected.hexdigest()
+    others = [
+        ImageSet(small.images.transpose(2, 3).contiguous(), small.labels, "small"),
+        ImageSet(small.images.flip(0), small.labels, "small"),
+        ImageSet(small.images, small.labels + 1, "small"),
+    ]
+    assert expected.hexdigest() not in [other.digest for other in others]
 
 
 def test_unknown_sources_and_resolutions_are_refused() -> None:
@@ -102,69 +100,3 @@ def test_image_sets_check_themselves(small: ImageSet) -> None:
         ImageSet(small.images, small.labels - 1, "x")
     with pytest.raises(ValueError, match="no image"):
         ImageSet(small.images[:0], small.labels[:0], "x")
-
-
-def test_images_survive_the_disk(small: ImageSet, tmp_path: Path) -> None:
-    save_images(small, tmp_path / "set")
-    loaded = load_images(tmp_path / "set")
-    assert torch.equal(loaded.images, small.images)
-    assert torch.equal(loaded.labels, small.labels)
-    assert (loaded.name, loaded.num_labels, loaded.digest) == ("small", 4, small.digest)
-    loaded.images[0] = 0  # copy on write: the file stays
-    assert torch.equal(load_images(tmp_path / "set").images, small.images)
-
-
-def test_the_files_are_the_same_each_time(small: ImageSet, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        save_images(small, tmp_path / name)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-
-
-def test_damaged_image_sets_are_refused(small: ImageSet, tmp_path: Path) -> None:
-    path, index = tmp_path / "images.npy", tmp_path / "index.json"
-    with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
-        load_images(tmp_path)
-
-    save_images(small, tmp_path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"images\.npy is truncated or changed"):
-        load_images(tmp_path, verify=False)
-
-    save_images(small, tmp_path)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"images\.npy is corrupt"):
-        load_images(tmp_path)
-
-    save_images(small, tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"images\.npy is missing"):
-        load_images(tmp_path)
-
-    for text, message in ((index.read_text()[:-9], "corrupt"), ("[]", "not an index"), ("{}", "not an index")):
-        index.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            load_images(tmp_path)
-
-
-def test_another_kind_is_refused(small: ImageSet, tmp_path: Path) -> None:
-    save_arrays(tmp_path, "latents", {"mean": np.zeros(3)}, {})
-    with pytest.raises(ValueError, match="holds latents, image set expected"):
-        load_images(tmp_path)
-    save_arrays(tmp_path, "image set", {"images": small.images.numpy()}, {"name": "x"})
-    with pytest.raises(ValueError, match="needs a name, images and labels"):
-        load_images(tmp_path)
-
-
-def test_nothing_is_pickled(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="would be pickled"):
-        save_arrays(tmp_path, "x", {"objects": np.array([{}], dtype=object)}, {})
-    save_arrays(tmp_path, "x", {"a": np.zeros(1)}, {})
-    np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
-    index = json.loads((tmp_path / "index.json").read_text())
-    index["arrays"]["a"]["bytes"] = (tmp_path / "a.npy").stat().st_size
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="no readable"):
-        load_arrays(tmp_path, "x", verify=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scm_core.data.arrays import file_digest
+from scm_core.disk import file_digest
 from scm_core.evaluate import Moments, extract, frechet_with_error
 from scm_core.evaluate.classifier import Classifier, save_classifier
 from scm_core.evaluate.dinov2 import VitSize

@@ -20,8 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scm_core.evaluate import filling
-from scm_core.evaluate import store as module
+from scm_core import claims
 from scm_core.evaluate.folder import ImageFolder
 from scm_core.evaluate.manifest import ImagesManifest, SampleManifest, identities
 from scm_core.evaluate.store import FeatureStore, StoreError
@@ -290,12 +289,12 @@ def test_what_a_dead_process_left_is_taken_over(tmp_path: Path, processes: Any) 
 
 def test_a_chunk_that_was_published_before_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look and the lock another process may have made it: it is looked for again, and not made twice."""
-    recorded, exclusive = Recorded(tmp_path / "calls"), filling.exclusive
-    monkeypatch.setattr(filling, "exclusive", lambda path: (fill(), exclusive(path))[1])
+    recorded, exclusive = Recorded(tmp_path / "calls"), claims.exclusive
+    monkeypatch.setattr(claims, "exclusive", lambda path: (fill(), exclusive(path))[1])
 
     def fill() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(filling, "exclusive", exclusive)
+            patch.setattr(claims, "exclusive", exclusive)
             opened(tmp_path / "cache", 8).fill(recorded, EXTRACTORS)
 
     opened(tmp_path / "cache", 8).fill(recorded, EXTRACTORS)
@@ -317,7 +316,7 @@ def test_who_is_waited_for_is_said(tmp_path: Path, processes: Any, monkeypatch: 
 
     (process,) = processes.start(lambda rank: opened(tmp_path / "cache", 4).fill(slow, EXTRACTORS), 1)
     until(started.exists)
-    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    monkeypatch.setattr(claims, "PATIENCE", 0.1)
     store = FeatureStore(tmp_path / "cache", manifest(), 4, CHUNK, warn)
     store.fill(images, EXTRACTORS)
     assert f"{store.path}: waiting for chunk 0, which pid {process.pid} on " in warnings[0]
