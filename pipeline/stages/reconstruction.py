@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage reconstruction: distances between the images and themselves, encoded and decoded, which no model of the latents can undercut."""
+"""Stage reconstruction: distances of the images from themselves, encoded and decoded: what would remain of a perfect latent model."""
 
 import json
 

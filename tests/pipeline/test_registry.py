@@ -45,7 +45,7 @@ def names(jobs: list[Job]) -> list[str]:
 def test_every_job_of_the_demo(params: Params) -> None:
     models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in ("scd", "sct")]
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
-    shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference")]
+    shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
     reports = ["table2", "figure2", "figure3", "figure7"]
     expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
@@ -150,6 +150,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("scale.seed", 1, ["vae", "latents", "features", *TRAINED, "figure3"]),
         ("dataset.labels", 10, []),
         ("vae.kl_weight", 0.5, ["vae"]),
+        ("vae.engine", {"batch": 8, "processes": 2}, []),
         ("features.dim", 32, ["features"]),
         ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2"]),
         ("teacher.lr", 0.5, ["teacher-S", "teacher-M"]),
@@ -158,6 +159,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("sizes.S.network.width", 40, ["teacher-S", "student-S-scd", "student-S-sct"]),
         ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S"]),
         ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd"]),
+        ("evaluation.neighbours", 4, ["reconstruction", *EVALUATED, "table2", "figure2", "figure7"]),
         ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2", "figure7"]),
         ("figure2.seed", 5, ["figure2"]),
     ],
@@ -172,6 +174,39 @@ def test_a_number_changes_the_settings_of_what_depends_on_it_alone(
         if registry.settings(a, params) != registry.settings(b, after)
     ]
     assert sorted(differ) == sorted(first_rerun)
+
+
+PUBLISHED = {
+    "pretrained": "a/folder",
+    "sha256": "0" * 64,
+    "latent_channels": 4,
+    "downsampling": 4,
+    "statistics": "measured",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        ({"sha256": "1" * 64}, ["vae"]),
+        ({"pretrained": "another/folder"}, ["vae"]),
+        ({"statistics": {"mean": [0.0] * 4, "std": [1.0] * 4}}, ["latents"]),
+        ({"engine": {"batch": 8, "processes": 8}}, []),
+    ],
+)
+def test_what_depends_on_a_published_autoencoder(change: dict[str, Any], rerun: list[str]) -> None:
+    before, after = changed("vae", PUBLISHED), changed("vae", {**PUBLISHED, **change})
+    differ = [
+        a.stage
+        for a, b in zip(registry.jobs(before), registry.jobs(after), strict=True)
+        if registry.settings(a, before) != registry.settings(b, after)
+    ]
+    assert differ == rerun
+
+
+def test_a_published_autoencoder_is_verified_before_any_image_is_read() -> None:
+    job = registry.find(changed("vae", PUBLISHED), "vae", {"slot": SLOT})
+    assert dict(job.inputs) == {}
 
 
 def test_a_number_that_a_size_replaces_does_not_matter_to_it(params: Params) -> None:
