@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipeline.params import PretrainedVae, Scale, Slot
+from pipeline.autoencoders import PretrainedVae
+from pipeline.params import Scale, Slot
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
