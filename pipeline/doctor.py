@@ -216,7 +216,8 @@ def weights(quick: bool, scale: str | None) -> Iterator[Check]:
     from pipeline.spaces import SPACES
     from scm_core.published import FOLDER_VARIABLE, WEIGHTS, weights_folder
 
-    slots = load(paths.root() / PARAMS_FILE, scale).active.slots.values()
+    params = load(paths.root() / PARAMS_FILE, scale)
+    slots = params.scales[params.scale].slots.values()
     for space in dict.fromkeys(space for slot in slots for space in slot.evaluation.spaces):
         known = WEIGHTS.get(SPACES[space].extractor)
         if known is None:
