@@ -84,12 +84,16 @@ def merge(rows: Sequence[Mapping[str, Any]], file: Path, locks: Path) -> None:
 def read(file: Path) -> pd.DataFrame:
     """The rows in a file of `merge`; PipelineError if it is something else."""
     try:
-        table = (
-            pd.read_csv(file, converters=dict.fromkeys(TEXT, str)) if file.suffix == ".csv" else pd.read_parquet(file)
-        )
+        table = _read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are ValueErrors
         raise PipelineError(f"{file}: cannot be read as measured rows ({error}); give another --output") from None
     for name in KEY:
         if name not in table:
             raise PipelineError(f"{file}: has no column {name}, so it holds something else; give another --output")
     return table
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    numbers = [name for name in pd.read_csv(file, nrows=0).columns if name not in TEXT]
+    empty = {name: [""] for name in numbers}
+    return pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=empty)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -490,6 +491,22 @@ def test_a_reference_that_is_not_there_is_named(made: Path, pictures: Path, para
             command.main([str(pictures)])
     finally:
         folder.with_name("away").rename(folder)
+
+
+def test_numbers_of_two_references_are_not_compared() -> None:
+    """A folder is measured in the slot that --slot names, a run in its own: a difference of such numbers would mean nothing."""
+
+    def target(slot: str, key: str) -> Any:
+        references = {"classifier": SimpleNamespace(key=key)}
+        return SimpleNamespace(names={"slot": slot}, evaluator=SimpleNamespace(references=references))
+
+    a, b = target("pixel_cond", "a" * 64), target("latent_guided", "b" * 64)
+    compare.require_one_reference([a, a], ["one", "two"])
+    with pytest.raises(
+        PipelineError,
+        match=r"^one in slot pixel_cond and pngs in slot latent_guided are measured against different ref",
+    ):
+        compare.require_one_reference([a, b], ["one", "pngs"])
 
 
 def test_the_library_s_words_are_the_commands(made: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
