@@ -214,7 +214,7 @@ def weights(quick: bool, scale: str | None) -> Iterator[Check]:
     from pipeline.files import sha256_file
     from pipeline.params import PARAMS_FILE, load
     from pipeline.spaces import SPACES
-    from scm_core.published import FOLDER_VARIABLE, WEIGHTS, weights_folder
+    from scm_core.published import WEIGHTS, WEIGHTS_HOME
 
     params = load(paths.root() / PARAMS_FILE, scale)
     slots = params.scales[params.scale].slots.values()
@@ -222,11 +222,11 @@ def weights(quick: bool, scale: str | None) -> Iterator[Check]:
         known = WEIGHTS.get(SPACES[space].extractor)
         if known is None:
             continue
-        path = weights_folder() / known.file
+        path = WEIGHTS_HOME.folder / known.file
         what, source = f"weights of {space}", f"{known.urls[0]} ({known.size / 1e6:.0f} MB, SHA-256 {known.sha256})"
         if not path.is_file():
             remedy = (
-                f"put {known.file} there, from {source}; or name the folder that has it in {FOLDER_VARIABLE}; where there is internet the "
+                f"put {known.file} there, from {source}; or name the folder that has it in {WEIGHTS_HOME.variable}; where there is internet the "
                 "first job that needs it fetches it"
             )
             yield Check(what, False, f"{path} is not there", remedy)

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import paths
 from pipeline.context import Context
+from pipeline.errors import PipelineError
 from pipeline.files import sha256_file
-from pipeline.params import Slot
-from scm_core.autoencoder_kl import AutoencoderKL
+from pipeline.params import PretrainedVae, Slot
+from scm_core.autoencoder_kl import KNOWN, AutoencoderKL, Pretrained, load_pretrained
 from scm_core.data import BatchOrder, ImageSet, from_uint8, load_images, load_latents, to_uint8
 from scm_core.nn.build import load_model
 from scm_core.objectives import Batch
+from scm_core.precision import full_precision
 from scm_core.seeds import Shard, derive_seed
 from scm_core.train.distributed import SINGLE, Ranks
 from scm_core.train.state import TrainSettings
@@ -91,7 +94,8 @@ class Decoder:
         if self.vae is None or self.store is None:
             return to_uint8(x0)
         latents = self.store.decode_scale(x0)
-        return torch.cat([to_uint8(self.vae.decode(part)) for part in latents.split(self.batch)])
+        with full_precision(latents.device):
+            return torch.cat([to_uint8(self.vae.decode(part)) for part in latents.split(self.batch)])
 
 
 def load_vae(folder: Path) -> VAE | AutoencoderKL:
@@ -99,3 +103,20 @@ def load_vae(folder: Path) -> VAE | AutoencoderKL:
     model = load_model(folder / VAE_FILE)
     assert isinstance(model.net, VAE | AutoencoderKL)
     return model.net
+
+
+def find_vae(name: str, wanted: PretrainedVae, channels: int) -> Pretrained:
+    """A published autoencoder, verified, or `PipelineError` of the job `name`; images have `channels`."""
+    source = wanted.pretrained if wanted.pretrained in KNOWN else paths.root() / wanted.pretrained
+    try:
+        found = load_pretrained(source, wanted.sha256)
+    except (FileNotFoundError, ValueError) as error:
+        raise PipelineError(f"{name}: {error}") from error
+    for key, said in wanted.sizes(channels)._asdict().items():
+        if (size := getattr(found.net, key)) != said:
+            section = "dataset" if key == "channels" else "vae"
+            raise PipelineError(
+                f"{name}: {section}.{key} is {said} in params.yaml, and the VAE {wanted.pretrained} has {size}: change it, or use another "
+                "VAE"
+            )
+    return found

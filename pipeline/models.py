@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.autoencoders import AnyVae, PretrainedVae, Sizes
+from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
 from pipeline.networks import Network
 from pipeline.sections import (
-    Dataset,
     Engine,
     Evaluation,
     Features,

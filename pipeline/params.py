@@ -17,13 +17,13 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.autoencoders import TAGS, PretrainedVae, Vae
+from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2
 from pipeline.models import Params, Scale, Size, Slot
 from pipeline.networks import Network, SmallNetwork
 from pipeline.sections import (
     BasicTraining,
-    Dataset,
     Decay,
     Engine,
     Evaluation,

@@ -40,11 +40,11 @@ __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "find", "jobs
 _DECLARED = (
     Stage(
         "dataset",
-        "read and pad the images",
+        "read, crop and store the images",
         axes=("slot",),
         expand=expansion.slots,
         inputs=lambda p: {},
-        params=lambda p: (".dataset",),
+        params=lambda p: p.slot.dataset.keys(),
         cost=costs.dataset,
     ),
     Stage(
@@ -125,7 +125,7 @@ _DECLARED = (
         axes=(),
         expand=expansion.of_table2,
         inputs=lambda p: {**expansion.evaluations(p), **p.inputs("reconstruction")},
-        params=lambda p: (".dataset", ".evaluation"),
+        params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
         cost=costs.report,
         reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
         reads=(REPORTS / "paper" / "table2.csv",),
@@ -156,7 +156,7 @@ _DECLARED = (
         axes=(),
         expand=expansion.of_figure7,
         inputs=expansion.guided_evaluations,
-        params=lambda p: (".dataset", ".evaluation"),
+        params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
         cost=costs.figure,
         reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),
     ),

@@ -51,28 +51,6 @@ class Model(BaseModel):
         return data
 
 
-class Dataset(Model):
-    source: Literal["mnist5k", "digits"]
-    """Where the images come from."""
-    resolution: Count
-    """Side of the square images, in pixels."""
-    channels: Count
-    """Image channels."""
-    labels: Index
-    """Number of classes; 0 for unlabelled data."""
-
-    @model_validator(mode="after")
-    def _fits_source(self) -> Dataset:
-        native = {"mnist5k": 32, "digits": 8}[self.source]
-        if native % self.resolution:
-            raise problem("resolution", f"must divide {native} for source {self.source}, got {self.resolution}")
-        if self.channels != 1:
-            raise problem("channels", f"must be 1 for source {self.source}, got {self.channels}")
-        if self.labels not in (0, 10):
-            raise problem("labels", f"must be 10 (or 0: unlabelled) for source {self.source}, got {self.labels}")
-        return self
-
-
 class BasicTraining(Model):
     """Training of an auxiliary network (VAE, feature classifier)."""
 

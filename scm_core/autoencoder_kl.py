@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from scm_core.compat import prepare_torchvision
-from scm_core.evaluate.weights import Opener, WeightsFile, fill, find_published, load_tensors, open_url, verified
+from scm_core.evaluate.weights import fill, load_tensors
+from scm_core.published import Opener, PublishedFile, find_published, open_url, verified
 from scm_core.vae import check_images, check_latents
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -97,7 +98,7 @@ class AutoencoderKL(nn.Module):
 class Known:
     """A published autoencoder: its weights file, and the network that they are of."""
 
-    weights: WeightsFile
+    weights: PublishedFile
     config: Mapping[str, Any]
 
 
@@ -106,7 +107,7 @@ KNOWN = {
     # and in utensils/mold (crates/mold-core/src/manifest.rs), which know nothing of each other. It is that of the VAE of Stable
     # Diffusion 2 as well. The config is the revision's config.json (SHA-256 92d3dfb7…, a test makes its bytes from this).
     "sd-vae-ft-mse": Known(
-        WeightsFile(
+        PublishedFile(
             file=f"sd-vae-ft-mse/{WEIGHTS}",
             urls=(
                 "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/"
@@ -140,7 +141,7 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(source: str | Path, sha256: str | None = None, opener: Opener = open_url) -> Pretrained:
-    """Return the autoencoder `source`: one of `KNOWN`, found in `weights_folder()` or fetched into it, or a folder of the user's own.
+    """Return the autoencoder `source`: one of `KNOWN`, found in the folder of weights or fetched into it, or a folder of the user's own.
 
     A folder has config.json and diffusion_pytorch_model.safetensors, as diffusers' `save_pretrained` writes them; `sha256` is its
     weights'. Raises `FileNotFoundError` for files that are not there and `ValueError` for another digest, another network, or a folder

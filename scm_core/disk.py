@@ -24,6 +24,10 @@ REMEDIES = {
 }
 
 
+class BadFileError(ValueError):
+    """Files that are not what they should be; the message names them and the remedy."""
+
+
 class StoreError(ValueError):
     """A store that cannot be used or not be written, or items that do not belong in it; the message names file and remedy."""
 

@@ -112,14 +112,21 @@ def test_rows_of_an_earlier_run_keep_what_they_were_measured_on(monkeypatch: pyt
 
 
 def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = benchmark("bench_evaluation", monkeypatch)
+    evaluation = benchmark("page_evaluation", monkeypatch)
     full = evaluation.FULL
     assert evaluation.by_line([(10, 5 + 20), (20, 5 + 40)]) == pytest.approx(5 + 2 * full)
     assert evaluation.by_square([(10, 20 + 300), (20, 40 + 1200)]) == pytest.approx(2 * full + 3 * full**2)
     assert evaluation.by_parabola([(n, 1 + 2 * n + 3 * n**2) for n in (10, 15, 20)]) == pytest.approx(
         1 + 2 * full + 3 * full**2
     )
-    on = {"device": "C", "cores": 2, "load": 0.1, "torch": "2", "packages": {"torch-fidelity": "0.4.0"}}
+    on = {
+        "device": "C",
+        "cores": 2,
+        "load": 0.1,
+        "torch": "2",
+        "packages": {"torch-fidelity": "0.4.0"},
+        "bfloat16": False,
+    }
 
     def page(theirs: float, exact: float, slope: float) -> str:
         seconds = {"ours": 1.0, "prepared": 0.5, "torch-fidelity": theirs}
@@ -145,7 +152,7 @@ def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyP
 
     good = page(theirs=4.0, exact=0.0, slope=30.0)
     assert "**4.0 times faster** (target 3: met)" in good
-    assert "**4.0** at 2,000, **4.0** at 5,000, 4.0 at 50,000 (target 4 where it was measured: met;" in good
+    assert "**4.0** at 2,000, **4.0** at 5,000, 4.0 at 50,000 (target 4: met at 2,000, met at 5,000);" in good
     assert "prdc was not installed" in good
     assert "to the last sample" in good
     # 50,000: once 1 + 2500 − 1250, each 1 + 1250, theirs 1 + 10,000
@@ -155,8 +162,8 @@ def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyP
     assert "Not measured: there was no GPU." in good
     bad = page(theirs=2.0, exact=1e-3, slope=31.0)
     assert "(target 3: missed)" in bad
-    assert "(target 4 where it was measured: missed;" in bad
-    assert "float64 at 2,000 and 5,000: **NOT**." in bad
+    assert "(target 4: missed at 2,000, missed at 5,000);" in bad
+    assert "float64 at 2,000, 5,000: **NOT**." in bad
     assert "Target 1.5 GB: missed." in bad
     assert "(target 2 s: missed)" in evaluation.gpu_page({"on": on, "once_s": 1.0, "seconds": 2.1, "peak_gb": 3.0})[2]
 
@@ -167,3 +174,16 @@ def test_the_published_pages_are_those_of_their_numbers(monkeypatch: pytest.Monk
         name = page.stem
         report = json.loads((results / f"{name}.json").read_text())
         assert benchmark(f"bench_{name}", monkeypatch).markdown(report) == page.read_text()
+
+
+@pytest.mark.parametrize(("whole", "word"), [(1.04, "met"), (1.06, "missed")])
+def test_the_page_of_encoding_judges_the_median_round(whole: float, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding = benchmark("bench_encoding", monkeypatch)
+    one = {"forward": 1.0, "nothing": 0.002, "converting": 0.001}
+    rounds = [{**one, "encoding": value} for value in (0.9, whole, 9.0)]
+    facts = {"side": 8, "batch": 1, "parameters": 10, "device": "C", "cores": 2, "torch": "2", "load": 0.1}
+    result = {"title": "Net", "images": 10, "width": 0.5, "rounds": rounds, **facts}
+    page = encoding.markdown({"net": result, "none": {**result, "title": "None", "width": 0}})
+    assert f"| Net | 100.0 ms | {100 * whole:.1f} ms | {whole - 1:.1%} (" in page
+    assert f"| 5 %: {word} | 0.20 ms (0.2%) | 0.10 ms |" in page
+    assert "| None | – | – | – | – | 0.20 ms | 0.10 ms |" in page

@@ -15,6 +15,7 @@ HEAVY = {
     "torchvision",
     "torch_fidelity",
     "timm",
+    "diffusers",
     "mlflow",
     "pandas",
     "matplotlib",

@@ -12,7 +12,6 @@ from pipeline.ranks import RankDone, together
 from pipeline.spaces import SPACES
 from pipeline.subjects import ModelSubject
 from pipeline.sweep import FIELDS, NUMBERS, REPORT, Numbers, Plan, Point, reported, sweep
-from scm_core.data import set_name
 from scm_core.nn.build import count_parameters
 
 
@@ -21,7 +20,7 @@ def run(ctx: Context) -> None:
     slot, how, axes = ctx.slot, ctx.slot.evaluation, ctx.job.axes
     with together(ctx.job, how.processes) as ranks:
         subject = ModelSubject(slot, axes["size"], axes["method"], ctx.inputs, ranks.device)
-        data = set_name(slot.dataset.source, slot.dataset.resolution)
+        data = slot.dataset.wanted().name
         references = load_references(how.spaces, ctx.inputs["reference"], data)
         plan = Plan.of(how, subject.steps, subject.guidable, subject.averages, subject.checkpoints)
         progress, before = ctx.progress(plan.most_samples(len(how.spaces)), "img"), 0

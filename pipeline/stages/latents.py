@@ -12,11 +12,11 @@ from pipeline.ranks import RankDone, together
 from scm_core.data import finish_latents, load_images, load_latents
 from scm_core.data.encoding import encode_set
 
-CODE = (
-    "scm_core/*.py",
-    "scm_core/data/*.py",
-    "pipeline/stages/latents.py",
-)  # what a latent depends on beside its image and the VAE
+# what a latent depends on beside its image and the VAE
+CODE = tuple(
+    f"scm_core/{name}.py"
+    for name in ("vae", "autoencoder_kl", "precision", "data/encoding", "data/latents", "data/images")
+)
 
 
 def run(ctx: Context) -> None:

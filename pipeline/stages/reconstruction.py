@@ -13,7 +13,6 @@ from pipeline.ranks import RankDone, together
 from pipeline.reconstruction import ReconstructionSubject
 from pipeline.spaces import SPACES
 from pipeline.sweep import NUMBERS, REPORT, Point
-from scm_core.data import set_name
 from scm_core.nn.build import load_model
 
 
@@ -22,7 +21,7 @@ def run(ctx: Context) -> None:
     how, dataset = ctx.slot.evaluation, ctx.slot.dataset
     with together(ctx.job, how.processes) as ranks:
         subject = ReconstructionSubject(ctx.slot, ctx.inputs, ranks.device)
-        data = set_name(dataset.source, dataset.resolution)
+        data = dataset.wanted().name
         references = load_references(how.spaces, ctx.inputs["reference"], data)
         progress = ctx.progress(len(subject), "img")
         cache = paths.evaluation_cache(ctx.job.scale)

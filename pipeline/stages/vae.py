@@ -3,14 +3,11 @@
 
 import torch
 
-from pipeline import paths
 from pipeline.context import Context
-from pipeline.errors import PipelineError
 from pipeline.grids import save_grid
-from pipeline.modelling import VAE_FILE, image_data
+from pipeline.modelling import VAE_FILE, find_vae, image_data
 from pipeline.params import PretrainedVae, Vae
 from pipeline.training import run_training, train_settings
-from scm_core.autoencoder_kl import KNOWN, load_pretrained
 from scm_core.data import from_uint8, load_images, to_uint8
 from scm_core.nn.build import build_network, save_model
 from scm_core.objectives import Batch, Terms
@@ -23,28 +20,11 @@ def run(ctx: Context) -> None:
     wanted = ctx.slot.vae
     assert wanted is not None  # the registry gives this stage to latent slots only
     if isinstance(wanted, PretrainedVae):
-        publish(ctx, wanted)
+        # As a model file of this project, which later stages read without the folder that it comes from.
+        net, config, info = find_vae(ctx.job.name, wanted, ctx.slot.dataset.channels)
+        save_model(ctx.out / VAE_FILE, net.state_dict(), config, info)
     else:
         train(ctx, wanted)
-
-
-def publish(ctx: Context, wanted: PretrainedVae) -> None:
-    """The weights as a model file of this project, which later stages read without the folder that they come from."""
-    known = wanted.pretrained in KNOWN
-    try:
-        net, config, info = load_pretrained(
-            wanted.pretrained if known else paths.root() / wanted.pretrained, wanted.sha256
-        )
-    except (FileNotFoundError, ValueError) as error:
-        raise PipelineError(f"{ctx.job.name}: {error}") from error
-    for name, said in wanted.sizes(ctx.slot.dataset.channels)._asdict().items():
-        if (found := getattr(net, name)) != said:
-            where = "dataset" if name == "channels" else "vae"
-            raise PipelineError(
-                f"{ctx.job.name}: {where}.{name} is {said} in params.yaml, and the VAE {wanted.pretrained} has {found}: "
-                "change it, or use another VAE"
-            )
-    save_model(ctx.out / VAE_FILE, net.state_dict(), config, info)
 
 
 def train(ctx: Context, wanted: Vae) -> None:

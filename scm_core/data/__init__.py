@@ -22,7 +22,7 @@ from scm_core.data.latents import (
 )
 from scm_core.data.sampler import BatchOrder
 from scm_core.data.shards import Sharded
-from scm_core.data.sources import SOURCES, load_source, set_name
+from scm_core.data.sources import SOURCES, Wanted, load_source, open_source, set_name, store_images, store_source
 from scm_core.data.writing import ShardWriter
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "LatentStore",
     "ShardWriter",
     "Sharded",
+    "Wanted",
     "checked_std",
     "encode_images",
     "finish_images",
@@ -43,8 +44,11 @@ __all__ = [
     "load_images",
     "load_latents",
     "load_source",
+    "open_source",
     "save_images",
     "save_latents",
     "set_name",
+    "store_images",
+    "store_source",
     "to_uint8",
 ]

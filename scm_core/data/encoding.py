@@ -13,6 +13,7 @@ from scm_core.data.images import ImageSet, from_uint8
 from scm_core.data.latents import checked_std, latent_writer
 from scm_core.data.writing import ShardWriter
 from scm_core.disk import StoreError
+from scm_core.precision import full_precision
 from scm_core.vae import Autoencoder
 
 
@@ -29,9 +30,9 @@ def encode_set(
 ) -> ShardWriter:
     """Return the filled store in `folder` of the latent Gaussians of `images`, which `data.finish_latents` ends.
 
-    `vae` lies on `device` and sees `batch` images at a time, in float32; a store keeps mean and standard deviation, not samples. What a
-    killed process has left is gone on with, others that call this at the same time share the work (`ShardWriter.fill`, `shard` is this
-    one's rank and their number), and the bytes do not depend on either. Memory: a batch, and what the network needs for it.
+    `vae` lies on `device` and sees `batch` images at a time, in float32 as it is (no TF32). What a killed process has left is gone on
+    with, others that call this at the same time share the work (`ShardWriter.fill`; `shard` is this one's rank and their number), and the
+    bytes do not depend on either. Memory: a batch, and what the network needs for it.
 
     Raises `StoreError` for images that the autoencoder does not take, and for latents that are NaN or infinite, before they are written.
     """
@@ -48,7 +49,8 @@ def encode_set(
     @torch.no_grad()
     def items(part: range) -> dict[str, np.ndarray]:
         x = from_uint8(images.images[part.start : part.stop].to(device))
-        mean, logvar = vae.encode(x)
+        with full_precision(x.device):
+            mean, logvar = vae.encode(x)
         try:
             std = checked_std(mean, logvar)
         except ValueError as error:

@@ -214,7 +214,8 @@ def load_latents(folder: str | Path, verify: bool = False) -> LatentStore:
     """Return the latent store in `folder`, mean and std mapped into memory; raises and verifies as `open_store`."""
     fields, arrays, meta = open_store(folder, KIND, verify)
     names = ({"mean", "std"}, {"labels", "channel_mean", "channel_std"}, {"name", "sigma_data"})
-    missing = sorted(set.union(*(need - set(there) for need, there in zip(names, (fields, arrays, meta), strict=True))))
+    there = (set(fields), set(arrays), set(meta))
+    missing = sorted(set.union(*(need - have for need, have in zip(names, there, strict=True))))
     if missing:
         raise ValueError(f"{folder}: its index.json is incomplete for latents (missing {missing}): make it again")
     labels, channel_mean, channel_std = (

@@ -86,6 +86,7 @@ class ShardWriter:
         *,
         shard: tuple[int, int] = (0, 1),
         progress: Callable[[int], None] | None = None,
+        postpone: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
         """Make every shard that is missing; returns when all are there.
 
@@ -93,6 +94,7 @@ class ShardWriter:
         start. Any number of processes may call this at once, on machines that share the folder: each takes the next shard that nobody
         has (`claims.work_off`; `shard` is its rank and their number). `progress` gets the number of items that are there. Raises
         StoreError if writing fails or the items are of another shape or dtype, and whatever `items` raises; the shards that are there stay.
+        After an exception of the kind `postpone` the other shards are made before it is raised.
         """
         if batch < 1:
             raise ValueError(f"batch must be ≥ 1, got {batch}")
@@ -103,6 +105,8 @@ class ShardWriter:
             if progress is not None:
                 progress(min(self.count, len(list(self._records.glob("[0-9]*.json"))) * self.per_shard + count))
 
+        failed: list[Exception] = []
+
         def settle(k: int) -> str | None:
             try:
                 if self._record(k) is None:
@@ -111,6 +115,9 @@ class ShardWriter:
                             self._make(k, items, batch, advanced)
             except HeldError as error:
                 return str(error)
+            except postpone as error:
+                failed.append(error)
+                return None
             except StoreError:
                 if not self.finished:  # by who was first, and so without the records
                     raise
@@ -121,6 +128,8 @@ class ShardWriter:
             self.notify(f"{self.folder}: waiting for shard {k}, which {holder} is making")
 
         work_off(self.shards, settle, shard, waiting)
+        if failed:
+            raise failed[0]
 
     def finish(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Add small arrays and `meta` (JSON values) and publish the index, last; one process calls this, after `fill`.

@@ -6,8 +6,7 @@ registered.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from scm_core.data.images import from_uint8
 from scm_core.evaluate.classifier import load_classifier
 from scm_core.evaluate.dinov2 import VIT_L, load_dinov2, normalize, resize_bicubic
 from scm_core.evaluate.weights import DINOV2, INCEPTION, fill, find_weights, load_tensors
+from scm_core.precision import full_precision
 
 prepare_torchvision()  # before torch_fidelity, which imports torchvision
 
@@ -172,28 +172,6 @@ class Extractor:
         chunks = to_rgb(images).split(self.batch or max(1, len(images)))
         with full_precision(self.device):
             return torch.cat([self.module(chunk.to(self.device))[0].float() for chunk in chunks])
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32 as IEEE 754 has it (no autocast, no TF32 or bfloat16 in products), with one fixed algorithm for
-    each convolution; what was set before is set again afterwards. The settings are the process's, not the thread's.
-    """
-    cudnn: Any = torch.backends.cudnn  # torch's stubs do not know what is in these modules
-    mkldnn: Any = torch.backends.mkldnn
-    products = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
-    before = [backend.fp32_precision for backend in products]
-    choice = cudnn.benchmark, cudnn.deterministic
-    try:
-        for backend in products:
-            backend.fp32_precision = "ieee"
-        cudnn.benchmark, cudnn.deterministic = False, True
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(products, before, strict=True):
-            backend.fp32_precision = precision
-        cudnn.benchmark, cudnn.deterministic = choice
 
 
 def to_rgb(images: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scm_core.evaluate.moments import Moments
 from scm_core.evaluate.neighbours import Balls, Nearest
-from scm_core.evaluate.pairs import Block, Points, blocks
+from scm_core.evaluate.pairs import Block, blocks
+from scm_core.evaluate.points import Points
 
-KERNEL_ROWS = {"cpu": 128, "cuda": 2048}  # rows of a block that are taken to float64 at a time: they stay in the cache
+KERNEL_ROWS = {"cpu": 128, "cuda": 2048}  # rows of a block that are worked on at a time: they stay in the cache
 
 
 class PrecisionRecall(NamedTuple):
@@ -37,21 +39,26 @@ class FeatureSet(Points):
     Arguments and errors are those of `Points`.
     """
 
-    def __init__(self, features: Tensor, shift: Tensor | None = None, what: str = "features") -> None:
-        super().__init__(features, shift, what)
-        self._nearest: Tensor | None = None
-        self._kernel_mean: float | None = None
+    _nearest: Tensor | None = None
+    _kernel_mean: float | None = None
 
     @classmethod
-    def given(cls, features: Tensor, shift: Tensor, nearest: Tensor, kernel_mean: float) -> FeatureSet:
+    def given(
+        cls,
+        features: Tensor,
+        shift: Tensor,
+        nearest: Tensor,
+        kernel_mean: float,
+        moments: Moments | None = None,
+    ) -> FeatureSet:
         """Return the set of features (N, D) whose `nearest` (N, K) and, for this shift, `kernel_mean` are known."""
-        points = cls(features, shift)
+        points = cls(features, shift, moments=moments)
         points._nearest, points._kernel_mean = nearest.to(features.device), kernel_mean
         return points
 
     def to(self, device: torch.device | str) -> FeatureSet:
         """Return the set with its features on `device`, and what is known of it."""
-        moved = FeatureSet(self.features.to(device), self.shift)
+        moved = FeatureSet(self.features.to(device), self.shift, moments=self.moments)
         moved._nearest = None if self._nearest is None else self._nearest.to(device)
         moved._kernel_mean = self._kernel_mean
         return moved
@@ -92,40 +99,58 @@ class FeatureSet(Points):
 class KernelMean:
     """The mean of KID's kernel k(x, y) = (x·y/D + 1)³ over pairs, less a constant that cancels in KID.
 
-    x·y/D + 1 is c + δ with c = 1 + |shift|²/D and δ = (x̃·ỹ + shift·(x̃ + ỹ))/D in shifted features, so that
-    k − c³ = 3c²δ + (3c + δ)δ². The sum of δ is a product of sums, which float64 has at once. Only the rest needs every
-    pair, and there float32's error of δ comes times δ. Of a set with itself, pairs of different features count.
+    x·y/D + 1 is c + δ with c = 1 + |shift|²/D and δ = α + β + q: q = x̃·ỹ/D of shifted features, α and β their products
+    with the shift over D. In k − c³ = 3c²δ + 3cδ² + δ³ all but q²(3(c + α + β) + q) is a product of sums over one set each,
+    and so is 3cq², as Σq² = ⟨Σx̃x̃ᵀ, Σỹỹᵀ⟩/D². That is taken out, too, where there are more features than dimensions:
+    what is left for pairs is small, and what rounding does to it smaller. For fewer, pairs are in float64.
+    Of a set with itself, pairs of different features count.
     """
 
     def __init__(self, a: Points, b: Points) -> None:
-        self.dim, self.constant, self.curved = a.dim, 1 + float(a.shift @ a.shift) / a.dim, 0.0
-        if a is b:
-            self.pairs = a.count * (a.count - 1)
-            linear = a.total @ a.total - a.norms.sum() + 2 * (a.count - 1) * a.projections.sum()
-        else:
-            self.pairs = a.count * b.count
-            linear = a.total @ b.total + b.count * a.projections.sum() + a.count * b.projections.sum()
-        self.linear = float(linear) / a.dim
+        self.dim, self.pairwise = a.dim, 0.0
+        self.apart = min(a.count, b.count) > a.dim
+        self.pairs = a.count * (b.count - (a is b))
+        self.constant = constant = 1 + float(a.shift @ a.shift) / a.dim
+        # Sums of αⁿ and βⁿ, of αⁿx̃ and βⁿỹ, and from them of what does not need both at once.
+        m, n = ([float(points.alpha.pow(power).sum()) for power in range(4)] for points in (a, b))
+        v, w = a.sums, b.sums
+        total = m[1] * n[0] + m[0] * n[1] + float(v[0] @ w[0]) / a.dim  # of δ
+        square = m[2] * n[0] + 2 * m[1] * n[1] + m[0] * n[2]  # of (α + β)²
+        cube = m[3] * n[0] + 3 * m[2] * n[1] + 3 * m[1] * n[2] + m[0] * n[3]
+        once = float(v[1] @ w[0] + v[0] @ w[1]) / a.dim  # of (α + β)q
+        twice = float(v[2] @ w[0] + 2 * (v[1] @ w[1]) + v[0] @ w[2]) / a.dim  # of (α + β)²q
+        second = float((a.second * b.second).sum()) / a.dim**2 if self.apart else 0.0  # of q²
+        self.sums = 3 * constant**2 * total + 3 * constant * (square + 2 * once + second) + cube + 3 * twice
+        if a is b:  # less the pairs of a feature with itself, of which `add` leaves out the rest
+            both, q = 2 * a.alpha, a.norms / a.dim
+            own = (
+                3 * constant**2 * (both + q)
+                + 3 * constant * both * (both + 2 * q)
+                + both.pow(3)
+                + 3 * both.square() * q
+            )
+            self.sums -= float(own.sum()) + (3 * constant * float(q.square().sum()) if self.apart else 0.0)
 
     def add(self, block: Block) -> None:
         """Take the pairs of a block."""
-        row = block.a.projections[block.rows, None] / self.dim
-        column = block.b.projections[block.columns] / self.dim
+        dtype = block.gram.dtype if self.apart else torch.float64
+        row = (3 * block.a.alpha[block.rows] + (0.0 if self.apart else 3 * self.constant)).to(dtype)
+        column = (3 * block.b.alpha[block.columns]).to(dtype)
         factor = 1 / (self.dim * block.scale**2)
-        curved = torch.zeros_like(row[0, 0])
+        found = torch.zeros((), dtype=torch.float64, device=row.device)
         height = KERNEL_ROWS[block.a.kind]
         for start in range(0, len(row), height):
             part = slice(start, start + height)
-            delta = block.gram[part].to(torch.float64, copy=True).mul_(factor).add_(column).add_(row[part])
+            q = block.gram[part].to(dtype) * factor
             if block.diagonal:
-                delta.diagonal(start).zero_()
-            square = delta.square()
-            curved += delta.add_(3 * self.constant).mul_(square).sum()
-        self.curved += float(curved) * (2 if block.within and not block.diagonal else 1)
+                q.diagonal(start).zero_()
+            weight = (q + column).add_(row[part, None]).mul_(q)
+            found += torch.linalg.vecdot(weight, q).double().sum()
+        self.pairwise += float(found) * (2 if block.within and not block.diagonal else 1)
 
     def value(self) -> float:
         """The mean over all pairs."""
-        return (3 * self.constant**2 * self.linear + self.curved) / self.pairs
+        return (self.sums + self.pairwise) / self.pairs
 
 
 def manifold_metrics(
@@ -134,17 +159,18 @@ def manifold_metrics(
     k: int = 3,
     device: torch.device | str | None = None,
     side: int | None = None,
+    moments: Moments | None = None,
 ) -> ManifoldMetrics:
     """Return precision, recall, density, coverage and KID of features real (M, D) and fake (N, D).
 
     Precision and recall: Kynkäänniemi et al. 2019, Eq. 1–2. Density and coverage: Naeem et al. 2020, Eq. 4–5. KID: see
     `kid`. Balls reach to the k-th nearest other point of the own set, boundary included. Decisions are those of float64,
-    KID has the rounding of products in float32 (float64 for features in float64, and for few). A `FeatureSet` as `real` keeps what
-    depends on it alone. Runs on `device`, by default that of the real features; beside the features, memory holds a few
-    blocks of `side`² pairs and O(N + M) numbers. Raises `ValueError` for k < 1, sets of ≤ k points, unequal D or
-    features that are not finite.
+    KID is as exact as `KernelMean`. A `FeatureSet` as `real` keeps what depends on it alone; `moments` of fake, if known,
+    save work. Runs on `device`, by default that of the real features; beside the features, memory holds a few blocks of
+    `side`² pairs and O(N + M) numbers. Raises `ValueError` for k < 1, sets of ≤ k points, unequal D or features that are
+    not finite.
     """
-    real, other = _pair(real, fake, device)
+    real, other = _pair(real, fake, device, moments)
     _require_neighbours(real, other, k)
     real.prepare(k, side=side)
     other.prepare(k, side=side)
@@ -186,13 +212,16 @@ def kid(real: Tensor, fake: Tensor) -> float:
 
 
 def _pair(
-    real: Tensor | FeatureSet, fake: Tensor, device: torch.device | str | None = None
+    real: Tensor | FeatureSet,
+    fake: Tensor,
+    device: torch.device | str | None = None,
+    moments: Moments | None = None,
 ) -> tuple[FeatureSet, FeatureSet]:
     if not isinstance(real, FeatureSet):
         real = FeatureSet(real if device is None else real.to(device), what="real features")
     elif device is not None and torch.device(device) != real.features.device:
         real = real.to(device)
-    return real, FeatureSet(fake.to(real.features.device), real.shift, "generated features")
+    return real, FeatureSet(fake.to(real.features.device), what="generated features", beside=real, moments=moments)
 
 
 def _require_neighbours(real: FeatureSet, fake: FeatureSet, k: int) -> None:

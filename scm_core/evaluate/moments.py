@@ -28,6 +28,14 @@ def check_features(features: Tensor, dim: int | None = None, what: str = "featur
         raise ValueError(f"{what} hold NaN or infinite values in {bad} of {len(features)} rows")
 
 
+def gram(x: Tensor) -> Tensor:
+    """Return xᵀx (D, D) of x (N, D), in its type and on its device."""
+    if x.device.type != "cpu":
+        return x.T @ x
+    rows = x.numpy()
+    return torch.from_numpy(rows.T @ rows)  # NumPy sees that the result is symmetric, and computes half of it
+
+
 def checked_features(features: Tensor, dim: int | None = None, what: str = "features") -> Tensor:
     """Return `features` (N, D) as float64; errors as `check_features`."""
     check_features(features, dim, what)
@@ -98,8 +106,7 @@ class Moments:
         if len(batch) == 0:
             return
         mean = batch.mean(dim=0)
-        centred = batch - mean
-        self._combine(len(batch), mean, centred.T @ centred)
+        self._combine(len(batch), mean, gram(batch - mean))
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets together; neither operand changes."""

@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scm_core.evaluate.pairs import Block, Points, distances_to_all, margin, squared_distances
+from scm_core.evaluate.pairs import Block, distances_to_all, squared_distances
+from scm_core.evaluate.points import Points
+from scm_core.evaluate.products import Products
 
 SPARE = 8  # neighbours kept beside those asked for: bounds do not order distances that differ by less than their error
 GROUP = 16
@@ -19,7 +21,8 @@ class Nearest:
     def __init__(self, points: Points, count: int) -> None:
         if points.count <= count:
             raise ValueError(f"{count} nearest neighbours need more than k = {count} samples, got {points.count}")
-        self.points, self.count, self.scale, self.precision = points, count, 1.0, torch.float64
+        self.points, self.count = points, count
+        self.products: Products | None = None  # how the blocks' were taken
         self.keep = min(count + SPARE, points.count - 1)
         device = points.features.device
         self.bounds = torch.full((points.count, self.keep), torch.inf, dtype=torch.float64, device=device)
@@ -27,7 +30,7 @@ class Nearest:
 
     def add(self, block: Block) -> None:
         """Take the pairs of a block of the set with itself, in both directions."""
-        self.scale, self.precision, lower = block.scale, block.gram.dtype, block.lower()
+        self.products, lower = block.products, block.lower()
         if block.diagonal:
             lower.fill_diagonal_(torch.inf)
         else:
@@ -48,15 +51,15 @@ class Nearest:
         nearest if the farthest of these is within the lower bounds of all that were not kept; else (many equal
         distances) every distance of that feature is computed.
         """
-        points, bounds = self.points, self.bounds
-        norms = points.norms[:, None] + points.norms[self.index]
-        upper = bounds + margin(norms, self.precision, points.dim, self.scale)
+        assert self.products is not None
+        points, bounds, scale, slack = self.points, self.bounds, self.products.scale, self.products.slack[0]
+        upper = bounds + 2 * (slack[:, None] + slack[self.index])
         i, j = (bounds <= upper[:, : self.count].amax(dim=1, keepdim=True)).nonzero(as_tuple=True)
         exact = torch.full_like(bounds, torch.inf)
         exact[i, j] = squared_distances(points, points, i, self.index[i, j])
         found = exact.sort(dim=1).values[:, : self.count].contiguous()
         if self.keep < points.count - 1:
-            unsure = (found[:, -1] * self.scale**2 > bounds[:, -1].clamp(min=0)).nonzero().flatten()
+            unsure = (found[:, -1] * scale**2 > bounds[:, -1].clamp(min=0)).nonzero().flatten()
             for some in unsure.split(max(1, ALL_ELEMENTS // points.count)):
                 squared = distances_to_all(points, points, some)
                 squared[torch.arange(len(some), device=some.device), some] = torch.inf
@@ -96,14 +99,14 @@ class Balls:
     def add(self, block: Block) -> None:
         """Take the pairs of a block of the generated (rows) with the real ones (columns)."""
         lower = block.lower()
-        norms = self.fake.norms[block.rows], self.real.norms[block.columns]
+        slack = block.products.slack[0][block.rows], block.products.slack[1][block.columns]
         fake_radii, real_radii = self.fake_radii[block.rows], self.real_radii[block.columns]
         covered, recalled = self.covered[block.columns], self.recalled[block.columns]  # views
 
         def candidates(limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Pairs that may be within their limit, and the most that their distance can be."""
             i, j = (lower <= (limits * block.scale**2).to(lower.dtype)).nonzero(as_tuple=True)
-            upper = lower[i, j] + margin(norms[0][i] + norms[1][j], lower.dtype, self.real.dim, block.scale)
+            upper = lower[i, j] + 2 * (slack[0][i] + slack[1][j])
             return i, j, upper / block.scale**2
 
         def within(i: Tensor, j: Tensor, limits: Tensor) -> Tensor:

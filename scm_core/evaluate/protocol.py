@@ -134,7 +134,9 @@ def evaluate(
     count = len(features_fake)
     if expected is not None and count != expected:
         raise ValueError(f"{count} generated samples, expected {expected}: metrics of other numbers do not compare")
+    moments = Moments.of(features_fake)
     # With few samples the distance needs no root of the reference.
-    fid = frechet_with_error(features_fake, reference.moments, reference.root if count > len(reference.mean) else None)
-    manifold = manifold_metrics(reference.feature_set(device), features_fake, neighbours)
+    root = reference.root if count > len(reference.mean) else None
+    fid = frechet_with_error(features_fake, reference.moments, root, moments)
+    manifold = manifold_metrics(reference.feature_set(device), features_fake, neighbours, moments=moments)
     return Evaluation(fid.value, fid.se, fid.bias, *manifold, samples=count)

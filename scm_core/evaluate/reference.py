@@ -136,10 +136,11 @@ class Reference:
         place = torch.empty(0, device=self.features.device if device is None else device).device  # "cuda" is cuda:0
         if place not in self._on_devices:
             features = self.features.to(place)
+            moments = self.moments if self.subset is None else None  # a part has moments of its own
             self._on_devices[place] = (
-                FeatureSet(features, self.mean, "reference features")
+                FeatureSet(features, self.mean, "reference features", moments=moments)
                 if self.prepared is None
-                else FeatureSet.given(features, self.mean, self.prepared.nearest, self.prepared.kernel_mean)
+                else FeatureSet.given(features, self.mean, self.prepared.nearest, self.prepared.kernel_mean, moments)
             )
         return self._on_devices[place]
 

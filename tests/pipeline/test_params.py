@@ -150,7 +150,7 @@ def test_an_integer_stands_for_a_float(write: Write) -> None:
         (r"groups: 10 ", "groups: 10\n          checkpoints: [9, 9]", f"{SLOT}.evaluation.checkpoints", "must ascend without repetition"),
         (r"groups: 10 ", "groups: 10\n          checkpoints: [9]", f"{SLOT}.evaluation.checkpoints", "needs a training that keeps"),
         (r"groups: 10 ", "groups: 10\n          manifold_images: 3", f"{SLOT}.evaluation.manifold_images", "must be above neighbours"),
-        (r"source: mnist5k", "source: mnist", f"{SLOT}.dataset.source", "must be 'mnist5k' or 'digits', got 'mnist'"),
+        (r"source: mnist5k", "source: mnist", f"{SLOT}.dataset.source", "'imagenet' or 'images', got 'mnist'"),
         (r"latent_guided:", "latent_gided:", "scales.demo.slots.latent_gided", "unknown name"),
         (r"        vae:.*?(?=        features:)", "", f"{SLOT}.vae", "is missing"),
         (r"^scale: demo", "scale: dmo", "scale", "unknown scale 'dmo'; did you mean 'demo'?"),

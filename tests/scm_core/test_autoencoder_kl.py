@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from scm_core import autoencoder_kl
 from scm_core.autoencoder_kl import CONFIG, KNOWN, WEIGHTS, Known, load_pretrained
 from scm_core.compat import prepare_torchvision
-from scm_core.evaluate.weights import WeightsFile
 from scm_core.nn.build import load_model, save_model
+from scm_core.published import PublishedFile
 
 prepare_torchvision()
 diffusers = pytest.importorskip("diffusers")
@@ -144,7 +144,7 @@ def published(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     content = (folder / WEIGHTS).read_bytes()
     config = json.loads((folder / CONFIG).read_text())
     arguments = {key: value for key, value in config.items() if key not in autoencoder_kl.BESIDE}
-    file = WeightsFile(
+    file = PublishedFile(
         f"small/{WEIGHTS}", ("https://host.invalid/w",), hashlib.sha256(content).hexdigest(), len(content), "MIT"
     )
     monkeypatch.setitem(KNOWN, "small", Known(file, arguments))

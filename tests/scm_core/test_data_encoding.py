@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_several_processes_make_the_same_bytes(
 ) -> None:
     """Each makes some, nobody makes what another has; any of them may end it."""
     whole = finished(tmp_path / "whole", vae, images)
+    begin = CONTEXT.Barrier(3)
 
     def encoding(rank: int) -> int:
         made, encode = 0, vae.encode
@@ -142,8 +144,10 @@ def test_several_processes_make_the_same_bytes(
         def counted(x: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal made
             made += len(x)
+            time.sleep(0.1)  # as long as a network takes: nobody is done before all have begun
             return encode(x)
 
+        begin.wait(60)
         vae.encode = counted  # type: ignore[method-assign]
         encode_set(vae, images, tmp_path / "shared", BATCH, shard=(rank, 3))
         return made

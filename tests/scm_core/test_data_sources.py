@@ -85,7 +85,7 @@ def test_a_digest_is_of_shape_pixels_and_labels(small: ImageSet) -> None:
 def test_unknown_sources_and_resolutions_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown image source 'mnist'"):
         set_name("mnist", 32)
-    with pytest.raises(ValueError, match="unknown image source 'mnist': known are digits, mnist5k"):
+    with pytest.raises(ValueError, match="image source 'mnist' ships in no package: those that do are digits, mnist5k"):
         load_source("mnist")
     with pytest.raises(ValueError, match="must divide 8, got 3"):
         load_source("digits", 3)

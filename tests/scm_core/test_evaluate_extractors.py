@@ -23,9 +23,9 @@ from scm_core.evaluate.extractors import (
     Extractor,
     ExtractorIdentity,
     create_extractor,
-    full_precision,
 )
 from scm_core.evaluate.weights import WEIGHTS
+from scm_core.precision import full_precision
 
 import torch_fidelity  # isort: skip  # after extractors, which makes its import work
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip

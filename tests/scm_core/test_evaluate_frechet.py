@@ -239,15 +239,22 @@ def test_bias_is_what_the_mean_over_repetitions_is_too_high(
     assert abs(float(excess.mean()) - bias) < 3 * error + 0.04 * bias  # N/D = 40: the next order is left
 
 
-def test_the_error_of_samples_of_the_reference_itself_is_an_upper_estimate() -> None:
-    """There d² is quadratic in the fluctuations, with the variance (2D + D(D + 1)/4)/N²; sd(IF)²/N has twice that."""
-    dim, count, repeats = 8, 400, 1000
+@pytest.mark.parametrize(
+    ("dim", "count", "skewed", "high"), [(8, 400, False, 1.1), (40, 800, False, 1.1), (40, 800, True, 1.2)]
+)
+def test_the_error_of_samples_of_the_reference_itself(dim: int, count: int, skewed: bool, high: float) -> None:
+    """There d² is quadratic in the fluctuations: for a Gaussian of covariance I its variance is (2D + D(D + 1)/4)/N²."""
+    repeats = 600
     reference = Moments.given(torch.zeros(dim).double(), torch.eye(dim).double(), 10**9)
-    results = [frechet_with_error(x, reference) for x in normal(repeats, count, dim, seed=0)]
-    spread = float(torch.tensor([r.value for r in results]).std())
+    z = normal(repeats, count, dim, seed=0)
+    if skewed:  # log-normal, standardised
+        z = ((z / 3).exp() - math.exp(1 / 18)) / (math.exp(1 / 9) * (math.exp(1 / 9) - 1)) ** 0.5
+    results = [frechet_with_error(x, reference) for x in z]
+    spread = float(torch.tensor([r.value for r in results]).std())  # itself known to 1/√1200 = 3 %
     claimed = float(torch.tensor([r.se for r in results]).square().mean().sqrt())
-    assert spread == pytest.approx((2 * dim + dim * (dim + 1) / 4) ** 0.5 / count, rel=0.1)
-    assert claimed / spread == pytest.approx(2**0.5, rel=0.1)
+    if not skewed:
+        assert spread == pytest.approx((2 * dim + dim * (dim + 1) / 4) ** 0.5 / count, rel=0.1)
+    assert 0.95 < claimed / spread < high
 
 
 def test_transport_map_moves_the_covariance() -> None:
@@ -363,3 +370,16 @@ def test_the_error_is_an_upper_estimate_for_class_balanced_samples() -> None:
         spread = torch.tensor([result.value for result in results]).std()
         error = torch.tensor([result.se for result in results]).mean()
         assert low < float(spread / error) < high
+
+
+def test_float32_features_have_float64s_distance_and_nearly_its_error_and_bias() -> None:
+    """Also where the spectrum falls to where float32 has no digits left beside the largest eigenvalue."""
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.logspace(0, -5, 40, dtype=torch.float64)  # standard deviations
+    x, y = (torch.randn(900, 40, generator=generator, dtype=torch.float64) * decay for _ in range(2))
+    features = (1.1 * x + 0.1).float()
+    single, double = (frechet_with_error(given, Moments.of(y)) for given in (features, features.double()))
+    assert single.value == double.value
+    assert single.se == pytest.approx(double.se, rel=1e-5)
+    assert single.bias == pytest.approx(double.bias, rel=1e-5)
+    assert frechet_with_error(features, Moments.of(y), moments=Moments.of(features)) == single

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from scm_core.compat import prepare_torchvision
-from scm_core.evaluate import FeatureSet, kid, manifold, manifold_metrics, neighbours, pairs, precision_recall
+from scm_core.evaluate import FeatureSet, Moments, kid, manifold, manifold_metrics, neighbours, pairs, precision_recall
+from scm_core.evaluate import products as products_module
+from scm_core.evaluate.points import Points
 
 prepare_torchvision()
 
@@ -99,11 +101,12 @@ SETS: dict[str, Callable[[int], torch.Tensor]] = {
 }
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=["split", "float32", "float64"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As for many pairs of float32 features, or as for the few that tests have."""
-    if request.param == "float32":
-        monkeypatch.setattr(pairs, "FEW", 0)
+    """As for many pairs of float32 features, with bfloat16 or without, or as for the few that tests have."""
+    if request.param != "float64":
+        monkeypatch.setattr(products_module, "FEW", 0)
+    monkeypatch.setattr(products_module, "split_pays", lambda a, b: request.param == "split")
     return request.param
 
 
@@ -120,22 +123,23 @@ def test_every_decision_is_float64s(kind: str, k: int, products: str) -> None:
 def test_products_alone_would_decide_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `test_every_decision_is_float64s` says holds because of the second look."""
     real, fake = SETS["clusters"](0), SETS["clusters"](1)
-    monkeypatch.setattr(pairs, "FEW", 0)
-    monkeypatch.setattr(pairs, "relative_error", lambda dim, dtype: 0.0)
+    monkeypatch.setattr(products_module, "FEW", 0)
+    monkeypatch.setattr(products_module, "relative_error", lambda dim, dtype: 0.0)
     assert manifold_metrics(real, fake)[:4] != in_float64(real, fake, 3)
 
 
 @pytest.mark.parametrize("kind", ["normal", "many dimensions", "clusters", "tiny"])
 def test_squared_distances_are_within_their_bounds(kind: str, products: str) -> None:
-    a = pairs.Points(SETS[kind](0))
-    b = pairs.Points(SETS[kind](1), a.shift)
+    a = Points(SETS[kind](0))
+    b = Points(SETS[kind](1), beside=a)
     for block in pairs.blocks(a, b, side=64):
-        assert block.gram.dtype == getattr(torch, products)
+        assert block.gram.dtype == (torch.float64 if products == "float64" else torch.float32)
+        assert block.products.split == (products == "split")
         x, y = (points.features[part].double() for points, part in ((a, block.rows), (b, block.columns)))
         exact = (x[:, None] - y).square().sum(dim=-1) * block.scale**2
         lower = block.lower().double()
-        norms = a.norms[block.rows, None] + b.norms[block.columns]
-        margin = pairs.margin(norms, block.gram.dtype, a.dim, block.scale)
+        slack = block.products.slack
+        margin = 2 * (slack[0][block.rows, None] + slack[1][block.columns])
         assert bool((lower <= exact).all())
         assert bool((exact <= lower + margin).all())
         middle = (exact - lower - margin / 2).abs() / margin  # 0: in the middle of the bounds, ½: at one of them
@@ -185,7 +189,7 @@ def test_a_reference_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_callers_low_precision_is_not_used_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "FEW", 0)
+    monkeypatch.setattr(products_module, "FEW", 0)
     real, fake = SETS["many dimensions"](0), SETS["many dimensions"](1)
     expected = manifold_metrics(real, fake)
     before = torch.get_float32_matmul_precision()
@@ -275,8 +279,9 @@ def test_kid_of_float32_features_is_float64s(shift: float, products: str) -> Non
     real, fake = ((normal(count, 50, seed=seed) @ mixing).relu().float() for seed in (0, 1))
     fake = fake + shift
     exact = kid_features_to_metric(fake.double(), real.double(), kid_subsets=1, kid_subset_size=count, verbose=False)
-    rounding = 1e-6 if products == "float32" else 1e-10
-    assert kid(real, fake) == pytest.approx(exact[KEY_METRIC_KID_MEAN], rel=rounding)
+    rounding = 1e-10 if products == "float64" else 1e-6
+    small = 1e-9 if products == "split" else 0.0  # of a kernel near 1: all there is where the sets are alike
+    assert kid(real, fake) == pytest.approx(exact[KEY_METRIC_KID_MEAN], rel=rounding, abs=small)
 
 
 def test_kid_equals_torch_fidelity_with_one_subset_of_everything() -> None:
@@ -326,3 +331,29 @@ def test_bad_input_is_refused() -> None:
         manifold_metrics(x, x * 1e200)
     with pytest.raises(ValueError, match="need more than k = 10"):
         FeatureSet(x).nearest(10)
+
+
+def test_many_wide_features_agree_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where splitting pays by itself on a device that has bfloat16: correlated features with a decaying spectrum."""
+    monkeypatch.setattr(products_module, "fast_bfloat16", lambda device: True)
+    mixing = normal(200, 600, seed=9) * torch.arange(1, 201)[:, None] ** -0.7
+    real, fake = ((normal(1200, 200, seed=seed) @ mixing + 0.02 * seed).relu().float() for seed in (0, 1))
+    result, exact = manifold_metrics(real, fake), manifold_metrics(real.double(), fake.double())
+    assert Points(real).split.error > 1e-3  # it is bfloat16
+    assert result[:4] == exact[:4]
+    assert result.kid == pytest.approx(exact.kid, rel=1e-5, abs=2e-8)
+    known = manifold_metrics(FeatureSet(real, moments=Moments.of(real)), fake, moments=Moments.of(fake))
+    assert known[:4] == exact[:4]
+    assert known.kid == pytest.approx(exact.kid, rel=1e-5, abs=2e-8)
+    with pytest.raises(ValueError, match="moments of 1200 samples are not those of 1100"):
+        manifold_metrics(real, fake[:1100], moments=Moments.of(fake))
+
+
+def test_sets_that_are_compared_share_shift_and_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products_module, "FEW", 0)
+    a = FeatureSet(SETS["normal"](0))
+    with pytest.raises(ValueError, match="one `beside` the other"):
+        next(pairs.blocks(a, FeatureSet(SETS["normal"](1))))
+    monkeypatch.setattr(products_module, "split_pays", lambda a, b: True)
+    with pytest.raises(ValueError, match="one `beside` the other"):
+        next(pairs.blocks(a, FeatureSet(SETS["normal"](1), a.shift)))

@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from scm_core import published
 from scm_core.evaluate import weights
-from scm_core.evaluate.weights import WEIGHTS, WeightsFile, fill, find_weights, load_tensors, weights_folder
+from scm_core.evaluate.weights import WEIGHTS, fill, find_weights, load_tensors
+from scm_core.published import WEIGHTS_HOME, PublishedFile
 
 CONTENT = bytes(range(256)) * 9000  # more than one chunk
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -66,7 +68,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The weights folder, with one published file, net.pth of extractor "net", at two hosts."""
-    published = WeightsFile("net.pth", tuple(f"{host}net.pth" for host in HOSTS), DIGEST, len(CONTENT), "MIT")
+    published = PublishedFile("net.pth", tuple(f"{host}net.pth" for host in HOSTS), DIGEST, len(CONTENT), "MIT")
     monkeypatch.setitem(weights.WEIGHTS, "net", published)
     monkeypatch.setenv("SCM_WEIGHTS", str(tmp_path / "weights"))
     return tmp_path / "weights"
@@ -118,7 +120,7 @@ def test_an_endless_answer_is_cut_off(folder: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         find_weights("net", opener=lambda url: Endless())
-    assert Endless.given <= len(HOSTS) * (len(CONTENT) + 2 * weights.CHUNK)
+    assert Endless.given <= len(HOSTS) * (len(CONTENT) + 2 * published.CHUNK)
 
 
 def test_offline_says_what_to_put_where(folder: Path) -> None:
@@ -193,15 +195,15 @@ def test_where_weights_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SCM_WEIGHTS", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert weights_folder() == tmp_path / ".cache/scm/weights"
+    assert WEIGHTS_HOME.folder == tmp_path / ".cache/scm/weights"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert weights_folder() == tmp_path / "cache/scm/weights"
+    assert WEIGHTS_HOME.folder == tmp_path / "cache/scm/weights"
     monkeypatch.setenv("SCM_WEIGHTS", "~/weights")
-    assert weights_folder() == tmp_path / "weights"
+    assert WEIGHTS_HOME.folder == tmp_path / "weights"
 
 
 @pytest.mark.parametrize("known", WEIGHTS.values(), ids=lambda known: known.file)
-def test_what_is_published_is_stated_in_full(known: WeightsFile) -> None:
+def test_what_is_published_is_stated_in_full(known: PublishedFile) -> None:
     assert re.fullmatch("[0-9a-f]{64}", known.sha256)
     assert known.size > 10**7
     assert all(re.fullmatch(r"https://[\w.-]+/\S+", url) for url in known.urls)

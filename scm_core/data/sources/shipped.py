@@ -13,15 +13,6 @@ from torch import Tensor
 from scm_core.data.images import ImageSet
 
 
-def set_name(source: str, resolution: int) -> str:
-    """Return the name of the image set that `load_source(source, resolution)` gives: digits, or digits-4 below its own
-    resolution. Raises `ValueError` for an unknown source.
-    """
-    if source not in NATIVE:
-        raise ValueError(f"unknown image source {source!r}: known are {', '.join(sorted(NATIVE))}")
-    return source if resolution == NATIVE[source] else f"{source}-{resolution}"
-
-
 def load_source(source: str, resolution: int | None = None) -> ImageSet:
     """Return the whole image set `source` ("mnist5k", "digits") at `resolution` (its own if None), in the set's own
     fixed order.
@@ -30,16 +21,16 @@ def load_source(source: str, resolution: int | None = None) -> ImageSet:
     `ValueError` for an unknown source or a resolution that does not divide the native one, `FileNotFoundError` or
     `ImportError` if the package that ships the set is not installed.
     """
-    if source not in SOURCES:
-        raise ValueError(f"unknown image source {source!r}: known are {', '.join(sorted(SOURCES))}")
-    image_set = SOURCES[source]()
+    if source not in SHIPPED:
+        raise ValueError(f"image source {source!r} ships in no package: those that do are {', '.join(sorted(SHIPPED))}")
+    image_set = SHIPPED[source]()
     native = image_set.images.shape[-1]
     if resolution is None or resolution == native:
         return image_set
     if resolution < 1 or native % resolution:
         raise ValueError(f"source {source}: resolution must divide {native}, got {resolution}")
     pooled = torch.nn.functional.avg_pool2d(image_set.images[:].double(), native // resolution)
-    return ImageSet(pooled.round().to(torch.uint8), image_set.labels, set_name(source, resolution))
+    return ImageSet(pooled.round().to(torch.uint8), image_set.labels, f"{source}-{resolution}")
 
 
 def mnist5k() -> ImageSet:
@@ -81,5 +72,5 @@ def _checked(images: Tensor, labels: Tensor, name: str, per_class: int | None = 
     return ImageSet(images, labels, name)
 
 
-SOURCES: dict[str, Callable[[], ImageSet]] = {"mnist5k": mnist5k, "digits": digits}
-NATIVE = {"mnist5k": 32, "digits": 8}  # the resolution of each, known without reading it
+SHIPPED: dict[str, Callable[[], ImageSet]] = {"mnist5k": mnist5k, "digits": digits}
+NATIVE = {"mnist5k": 32, "digits": 8, "cifar10": 32}  # the resolution of each, known without reading it
