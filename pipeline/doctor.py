@@ -226,8 +226,8 @@ def weights(quick: bool, scale: str | None) -> Iterator[Check]:
         what, source = f"weights of {space}", f"{known.urls[0]} ({known.size / 1e6:.0f} MB, SHA-256 {known.sha256})"
         if not path.is_file():
             remedy = (
-                f"put {known.file} there, from {source}; or name the folder that has it in {WEIGHTS_HOME.variable}; where there is internet the "
-                "first job that needs it fetches it"
+                f"put {known.file} there, from {source}; or name the folder that has it in {WEIGHTS_HOME.variable}; where there is "
+                "internet the first job that needs it fetches it"
             )
             yield Check(what, False, f"{path} is not there", remedy)
             continue
