@@ -242,7 +242,9 @@ def numbers(text: str, option: str) -> list[float]:
     if len(parts) == 3 and all(part.is_finite() for part in parts):
         low, high, step = parts
         if step <= 0 or high < low or (high - low) / step >= MOST:
-            raise PipelineError(f"{option}: expected low:high:step with low ≤ high and step > 0, got {text}")
+            raise PipelineError(
+                f"{option}: expected low:high:step with low ≤ high, step > 0 and at most {MOST} numbers, got {text}"
+            )
         return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
     try:
         found = [float(word) for word in words(text, option)]
