@@ -61,6 +61,11 @@ def of_figure7(params: Params) -> Axes:
     return iter([{}] if slot and any(figure7_students(slot, size) for size in slot.sizes) else [])
 
 
+def of_evaluations(params: Params) -> Axes:
+    """Once."""
+    return iter([{}])
+
+
 def of_figure3(params: Params) -> Axes:
     """Once, if the scale asks for it."""
     return iter([{}] if params.active.figure3 else [])
@@ -85,12 +90,28 @@ def latents_keys(point: Point) -> tuple[str, ...]:
     return ("seed", ".sigma_data", *given)
 
 
+def reference_keys(point: Point) -> tuple[str, ...]:
+    """The feature spaces, and what draws a part of the images, where not all are compared pair by pair."""
+    drawn = ("seed", ".evaluation.manifold_images") if point.slot.evaluation.manifold_images else ()
+    return (*drawn, ".evaluation.spaces")
+
+
 def evaluations(point: Point) -> dict[str, Path]:
     """Every evaluation of a report's slot, as evaluate-<size>-<method>."""
     return {
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
         for size in point.slot.sizes
         for method in ("teacher", *table2_students(point.slot, size))
+    }
+
+
+def every_evaluation(point: Point) -> dict[str, Path]:
+    """The evaluations of all models of all slots, as evaluate-<slot>-<size>-<method>."""
+    return {
+        "-".join(("evaluate", *axes.values())): Path(
+            "runs", point.params.scale, axes["slot"], "evaluate", axes["size"], axes["method"]
+        )
+        for axes in evaluated(point.params)
     }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from pipeline.files import read_json
 from pipeline.params import Slot
-from pipeline.paths import FACTS, FLOOR, SWEEP
+from pipeline.paths import FACTS, FLOOR, MANIFEST, SWEEP
 from pipeline.sweep import REPORT, mean_of
 
 TABLE2_COLUMNS = [
@@ -50,9 +51,39 @@ def format_count(parameters: int) -> str:
 
 
 def read_evaluation(folder: Path) -> tuple[pd.DataFrame, dict]:
-    """The points of an evaluation in the space of FID, and the facts about it."""
+    """The points of an evaluation of the published average in the space of FID, and the facts about it."""
     sweep = pd.read_csv(folder / SWEEP)
-    return sweep[sweep.space != "dinov2"], json.loads((folder / FACTS).read_text())
+    return sweep[(sweep.space != "dinov2") & sweep.ema.isna() & sweep.nimg.isna()], json.loads(
+        (folder / FACTS).read_text()
+    )
+
+
+def measured_points(folder: Path, scale: str, name: str) -> pd.DataFrame:
+    """Every row of one evaluation, digits as they are, with the model and what it was measured with in front.
+
+    `name` is evaluate-<slot>-<size>-<method>. `model_sha256` and `reference_sha256` are the digests of their manifests, which hold those
+    of every file; `key` in the row names the samples.
+    """
+    _, slot, size, method = name.split("-")
+    facts, made = json.loads((folder / FACTS).read_text()), read_json(folder / MANIFEST) or {}
+    inputs = made.get("inputs", {})
+    model, reference = inputs.get("teacher" if method == "teacher" else "student", {}), inputs.get("reference", {})
+    own = {
+        "scale": scale,
+        "slot": slot,
+        "size": size,
+        "method": method,
+        "run": facts["run"],
+        "model": facts["model_run"],
+        "model_sha256": model.get("digest"),
+        "dataset": facts["dataset"],
+        "reference": reference.get("run"),
+        "reference_sha256": reference.get("digest"),
+        "reference_images": facts["reference_images"],
+    }
+    # As text: a key of decimal digits must not become a number, nor a number lose its last digit.
+    rows = pd.read_csv(folder / SWEEP, dtype=str, keep_default_na=False).to_dict("records")
+    return pd.DataFrame([{**own, "features": facts["features"][row["space"]], **row} for row in rows])
 
 
 def best_guidance(folder: Path, steps: int) -> float | None:

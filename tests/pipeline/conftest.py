@@ -298,6 +298,7 @@ def repo(tmp_path: Path) -> Iterator[Repo]:
     root = tmp_path / "repo"
     package = root / "pipeline"
     shutil.copytree(HERE / "pipeline", package, ignore=shutil.ignore_patterns("__pycache__", "stages"))
+    shutil.copytree(HERE / "scm_core", root / "scm_core", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "stages").mkdir()
     (package / "stages" / "__init__.py").write_text("")
     for name, body in STAGES.items():

@@ -47,7 +47,7 @@ def test_every_job_of_the_demo(params: Params) -> None:
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
-    reports = ["table2", "figure2", "figure3", "figure7"]
+    reports = ["table2", "figure2", "figure3", "figure7", "evaluations"]
     expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
     assert names(registry.jobs(params)) == expected
 
@@ -259,7 +259,7 @@ def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
     del slot["vae"]
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
-    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3"}
+    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3", "evaluations"}
     assert {job.stage for job in jobs} == stages
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}
