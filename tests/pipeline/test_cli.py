@@ -115,7 +115,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_of_a_fresh_clone(cli: Cli) -> None:
     done = cli("plan", "reports/table2.csv", "--cores", "2")
     assert done.returncode == 0
-    assert "18 of 18 jobs to do" in done.stdout
+    assert "19 of 19 jobs to do" in done.stdout
     assert "figure2" not in done.stdout
     assert "estimated" in done.stdout
     assert re.search(r"^longest path .*: dataset-latent_guided → .* → table2$", done.stdout, re.MULTILINE)
