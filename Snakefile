@@ -3,6 +3,7 @@
 #
 #   snakemake --profile cluster/local                          # reports/table2.csv, table2.md, figure2.png
 #   snakemake --profile cluster/local --config scale=smoke
+#   snakemake --profile cluster/slurm -n reports/table2.csv    # scale paper, jobs through SLURM
 #
 # Config keys: scale, launcher (inline, local, slurm; SCM_LAUNCHER in the environment wins over it).
 import os
@@ -82,7 +83,7 @@ def priority_of(stage, wildcards):
 rule all:
     default_target: True
     input:
-        [str(path) for job in jobs if job.is_report for path in job.outputs],
+        [str(path) for job in registry.ends(jobs) for path in job.outputs],
 
 
 for stage in dict.fromkeys(job.stage for job in jobs):

@@ -16,18 +16,20 @@ from collections.abc import Callable, Sequence
 from pipeline.cli import Parser, axis_values
 from pipeline.errors import PipelineError, suggestion
 
-# Commands that take their arguments themselves: `pipeline.<name>.main(argv) -> int`.
+# Commands that take their arguments themselves: `pipeline.<name>.main(argv) -> int`; FILES has the modules of those that can name none.
 MODULES = {
     "plan": "jobs that are left to do, with estimated time and disk",
     "status": "what is done, running, waiting",
     "trace": "the chain of runs, commits and digests behind a row of a table",
     "sample": "draw samples of a trained teacher or student",
+    "import": "a published network as a teacher: what it is, whether it fits, the lines for params.yaml",
     "evaluate": "measure trained models, or folders of PNG files",
     "compare": "two trained models or folders of PNG files, with each other and against the data",
     "doctor": "check the installation and say what is missing",
     "watch": "run a command and show the progress of the jobs that it starts",
     "sync": "make what one engine has made known to the other (DVC, Snakemake)",
 }
+FILES = {"import": "importing"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     if command in MODULES:
-        result: int = importlib.import_module(f"pipeline.{command}").main(arguments[1:])
+        result: int = importlib.import_module(f"pipeline.{FILES.get(command, command)}").main(arguments[1:])
         return result
     if command not in commands:
         raise PipelineError(f"{command}: unknown command; {suggestion(command, rows, 'commands')}")

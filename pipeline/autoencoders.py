@@ -73,6 +73,8 @@ class PretrainedVae(Model):
     """Channels of its latents; known of a published one."""
     downsampling: Count | None = None
     """Image side over latent side, 2^(levels − 1); known of a published one."""
+    unit_images: bool = False
+    """Whether it is shown images in [0, 1] instead of [−1, 1], as EDM2 does: for latents of a teacher of EDM2's."""
     statistics: Statistics
     """What latents are scaled by to sigma_data: the statistics of the encoded data, or given ones."""
     engine: CodingEngine = CodingEngine()

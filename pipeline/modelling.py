@@ -109,7 +109,7 @@ def find_vae(name: str, wanted: PretrainedVae, channels: int) -> Pretrained:
     """A published autoencoder, verified, or `PipelineError` of the job `name`; images have `channels`."""
     source = wanted.pretrained if wanted.pretrained in KNOWN else paths.root() / wanted.pretrained
     try:
-        found = load_pretrained(source, wanted.sha256)
+        found = load_pretrained(source, wanted.sha256, unit_images=wanted.unit_images)
     except (FileNotFoundError, ValueError) as error:
         raise PipelineError(f"{name}: {error}") from error
     for key, said in wanted.sizes(channels)._asdict().items():

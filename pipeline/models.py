@@ -19,7 +19,9 @@ from pipeline.autoencoders import AnyVae, PretrainedVae, Sizes
 from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
-from pipeline.networks import Network
+from pipeline.hardware import Hardware
+from pipeline.imported import UNDROPPED, Imported
+from pipeline.networks import Items, Network
 from pipeline.sections import (
     Engine,
     Evaluation,
@@ -51,8 +53,11 @@ class Size(Model):
 
     network: Network
     engine: Engine = Engine()
+    imported: Imported | None = None
+    """A published network that is the teacher, which then is not trained."""
     teacher: TeacherTraining
-    students: Mapping[StudentName, Student]
+    students: Annotated[Mapping[StudentName, Student], Field(min_length=1)]
+    """Those of the slot's students that are trained at this size."""
 
 
 class Slot(Model):
@@ -86,6 +91,11 @@ class Slot(Model):
             raise problem("students.teacher", "is the name of the teacher itself: give the student another one")
         for name in self.sizes:
             self._check_size(name)
+        for student in self.students:
+            if not any(student in size.students for size in self.sizes.values()):
+                what = "is a student of no size: name it in the students of one ({} changes nothing), or remove it"
+                raise problem(f"students.{student}", what)
+        self._check_snapshots()
         side = self.dataset.resolution
         self._check_vae()
         if (self.features is not None) != ("classifier" in self.evaluation.spaces):
@@ -107,11 +117,12 @@ class Slot(Model):
     def _check_size(self, size: str) -> None:
         teacher, grid = self.teacher_for(size), self.evaluation.guidance
         self._check_network(size)
+        imported = self.sizes[size].imported
+        if imported and imported.format in UNDROPPED and teacher.label_dropout > 0:
+            what = f"must be 0, as networks of format {imported.format} are trained without dropping labels"
+            raise problem(f"sizes.{size}.teacher.label_dropout", f"{what}, so that they cannot be guided")
         if teacher.label_dropout > 0 and not self.dataset.labels:
             raise problem("teacher.label_dropout", "must be 0 for a dataset without labels")
-        for method in self.students:
-            if method not in self.sizes[size].students:
-                raise problem(f"sizes.{size}.students.{method}", "is missing: add it ({} changes nothing)")
         guidable = teacher.label_dropout > 0
         remedy = f"needs a teacher of size {size} trained with label_dropout > 0"
         if len(grid) > 1 and not guidable:
@@ -142,7 +153,12 @@ class Slot(Model):
             raise problem(f"sizes.{size}.network.{wrong[0]}", wrong[1])
         sections: dict[str, Training] = {"teacher": self.teacher_for(size)}
         sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
+        engine = self.sizes[size].engine
+        parts = engine.processes * engine.accumulation
         for key, section in sections.items():
+            if section.batch < parts:
+                what = f"must be at least {parts}, the parts that the engine of size {size} takes a batch in (processes · accumulation)"
+                raise problem(f"sizes.{size}.{key}.batch", f"{what}, got {section.batch}")
             if section.dropout_resolution is not None and network.architecture == "small":
                 raise problem(f"{key}.dropout_resolution", "must be null for a small network, which has one resolution")
             if getattr(section, "tangent_engine", None) == "func" and getattr(network, "checkpointing", False):
@@ -168,6 +184,26 @@ class Slot(Model):
         """What the networks depend on of the VAE; None for pixel data."""
         return None if self.vae is None else self.vae.sizes(self.dataset.channels)
 
+    def _check_snapshots(self) -> None:
+        """Other averages and earlier checkpoints are made of snapshots, which a training keeps every so many iterations."""
+        how, kept = self.evaluation, False
+        for size, declared in self.sizes.items():
+            sections: dict[str, Training] = {"teacher": declared.teacher}
+            sections |= {f"students.{name}": student for name, student in declared.students.items()}
+            for key, section in sections.items():
+                if section.snapshots is None:
+                    continue
+                kept, every = True, section.snapshots.every
+                if wrong := [n for n in how.checkpoints if n % every]:
+                    what = f"must be multiples of {key}.snapshots.every ({every} for size {size})"
+                    raise problem("evaluation.checkpoints", f"{what}, got {wrong[0]}")
+                if how.averages and section.iterations % every:
+                    what = f"need a snapshot at the end: {key}.iterations ({section.iterations} for size {size}) must be a multiple of"
+                    raise problem("evaluation.averages", f"{what} its snapshots.every ({every})")
+        for name in ("averages", "checkpoints"):
+            if getattr(how, name) and not kept:
+                raise problem(f"evaluation.{name}", "needs a training that keeps snapshots: add `snapshots` to one")
+
     @property
     def item_resolution(self) -> int:
         """The side of what networks are trained on: pixels, or latents."""
@@ -177,6 +213,11 @@ class Slot(Model):
     def item_channels(self) -> int:
         """The channels of what networks are trained on."""
         return self.vae_sizes.latent_channels if self.vae_sizes else self.dataset.channels
+
+    @property
+    def items(self) -> Items:
+        """What networks are trained on."""
+        return Items(self.item_channels, self.item_resolution, self.dataset.labels)
 
     def teacher_for(self, size: str) -> TeacherTraining:
         """Teacher training of one size, its overrides merged in."""
@@ -211,8 +252,23 @@ class Scale(Model):
     """All numbers of one scale."""
 
     seed: Seed
+    hardware: Hardware | None = None
+    """Absent: the CPU of one machine."""
     slots: Annotated[Mapping[SlotName, Slot], Field(min_length=1)]
     figure3: Figure3 | None = None
+
+    @model_validator(mode="after")
+    def _jobs_fit_a_node(self) -> Scale:
+        if self.hardware is None:
+            return self
+        most = self.hardware.gpus_per_node
+        for name, slot in self.slots.items():
+            asked = {f"sizes.{size}.engine": own.engine.processes for size, own in slot.sizes.items()}
+            for key, processes in {**asked, "evaluation": slot.evaluation.processes}.items():
+                if processes > most:
+                    what = f"must be at most hardware.gpus_per_node ({most}), as a job runs on one node"
+                    raise problem(f"slots.{name}.{key}.processes", f"{what}, got {processes}")
+        return self
 
     @model_validator(mode="after")
     def _slots_match_names(self) -> Scale:

@@ -7,18 +7,55 @@ resolution, labels) comes from the slot.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, Strict, model_validator
 
 from pipeline.sections import Count, Model, Positive, Training, problem
+from scm_core.nn.layout import Layout, Place, layout
 
 Even = Annotated[int, Field(ge=4, multiple_of=2)]
 Counts = Annotated[tuple[Count, ...], Strict(False)]
 SMALL_PATCH = 2  # the small network starts with one pixel-unshuffle
 
 
-class SmallNetwork(Model):
+class Items(NamedTuple):
+    """What a network is for: the shape of an item and the number of labels."""
+
+    channels: int
+    resolution: int
+    labels: int
+
+
+class Matrix(NamedTuple):
+    """A layer's weights, and how often each of them multiplies in one pass (once for every position)."""
+
+    weights: int
+    positions: int
+
+
+class _Counted(Model):
+    """A network whose cost is known without building it."""
+
+    def matrices(self, items: Items) -> Iterable[Matrix]:
+        """Every convolution and linear layer; not the guidance input, which is small."""
+        raise NotImplementedError
+
+    def attention(self, items: Items) -> int:
+        """Multiplications of one pass in q kᵀ and p v."""
+        return 0
+
+    def flops(self, items: Items) -> int:
+        """Model FLOPs of one forward pass of one item, as scm_core.train.flops counts them: 2 for each multiplication."""
+        return 2 * (sum(weights * positions for weights, positions in self.matrices(items)) + self.attention(items))
+
+    def weights(self, items: Items) -> int:
+        """Number of parameters, without biases and gains."""
+        return sum(weights for weights, _ in self.matrices(items))
+
+
+class SmallNetwork(_Counted):
     architecture: Literal["small"]
     """One level after a pixel-unshuffle, no attention."""
     width: Even
@@ -43,16 +80,14 @@ class SmallNetwork(Model):
         """The network's arguments that are the training's."""
         return {"dropout": training.dropout}
 
-    def work(self, resolution: int) -> float:
-        """Multiplications of one forward pass, in units of a network of one block and one channel at 4 × 4 positions."""
-        return self.width**2 * self.blocks * (resolution / 8) ** 2
-
-    def weights(self) -> int:
-        """About the number of parameters: two 3×3 convolutions and the embedding's parts in each block."""
-        return 23 * self.width**2 * self.blocks
+    def matrices(self, items: Items) -> Iterator[Matrix]:
+        positions, inner = (items.resolution // SMALL_PATCH) ** 2, items.channels * SMALL_PATCH**2
+        yield Matrix(9 * (2 * inner + 1) * self.width, positions)  # the first and the last
+        yield Matrix(18 * self.width**2 * self.blocks, positions)
+        yield Matrix(2 * self.width * (self.width + items.labels + 2 * self.width * self.blocks), 1)  # the embeddings
 
 
-class _UNet(Model):
+class _UNet(_Counted):
     """What EDM2's U-Net and DDPM++ have in common."""
 
     width: Even
@@ -72,6 +107,9 @@ class _UNet(Model):
     """Whether activations are computed a second time in the backward pass instead of being kept."""
     precision: Literal["fp32", "fp16", "bf16"]
     """Of activations and tangents; weights, embeddings and losses stay in float32."""
+    norm: str
+    """How the embedding acts on a block."""
+    _two: ClassVar[tuple[str, ...]]  # the norms that take a scale and a shift
 
     @model_validator(mode="after")
     def _fourier(self) -> _UNet:
@@ -101,20 +139,21 @@ class _UNet(Model):
         """The network's arguments that are the training's."""
         return {"dropout": training.dropout, "dropout_resolution": training.dropout_resolution}
 
-    @property
-    def _convolutions(self) -> float:
-        """About how many c-to-c 3×3 convolutions a level has: two per block, nearly three where a skip joins the input."""
-        return 2 * (self.blocks + 0.7) + 2.9 * (self.blocks + 1) + 2
+    def layout(self, resolution: int) -> Layout:
+        """Its blocks for items of that resolution."""
+        raise NotImplementedError
 
-    def work(self, resolution: int) -> float:
-        """Multiplications of one forward pass in the 3×3 convolutions, in the unit of `SmallNetwork.work`."""
-        positions = ((resolution / 4 / 2**level) ** 2 for level in range(len(self.multipliers)))
-        channels = ((m * self.width) ** 2 for m in self.multipliers)
-        return sum(c * n for c, n in zip(channels, positions, strict=True)) * self._convolutions / 2
+    def attention(self, items: Items) -> int:
+        blocks = self.layout(items.resolution)
+        return sum(2 * p.resolution**4 * p.outputs for p in (*blocks.encoder, *blocks.decoder) if p.attention)
 
-    def weights(self) -> int:
-        """About the number of parameters: the 3×3 convolutions, and a third as many for attention and embeddings."""
-        return round(sum((m * self.width) ** 2 for m in self.multipliers) * self._convolutions * 9 * 4 / 3)
+    def _conditioned(self, place: Place, inputs: int, embedding: int) -> Iterator[Matrix]:
+        """A block's two 3×3 convolutions, its conditioning (scale and shift, or one of them) and its attention."""
+        outputs, positions = place.outputs, place.resolution**2
+        yield Matrix(9 * (inputs + outputs) * outputs, positions)
+        yield Matrix(embedding * outputs * (2 if self.norm in self._two else 1), 1)
+        if place.attention:
+            yield Matrix(4 * outputs**2, positions)  # q, k, v; the projection
 
 
 class EDM2Network(_UNet):
@@ -125,6 +164,23 @@ class EDM2Network(_UNet):
     """Channels of an attention head."""
     norm: Literal["double", "adagn"]
     """Adaptive double normalisation, or EDM2's own gain."""
+    _two: ClassVar[tuple[str, ...]] = ("double",)
+
+    def layout(self, resolution: int) -> Layout:
+        return layout(resolution, self.width, self.multipliers, self.blocks, self.attention_resolutions)
+
+    def matrices(self, items: Items) -> Iterator[Matrix]:
+        blocks, side = self.layout(items.resolution), items.resolution
+        first, embedding = self.width * self.multipliers[0], self.width * max(self.multipliers)
+        yield Matrix(9 * (2 * items.channels + 1) * first, side**2)  # the first and the last
+        yield Matrix((first + items.labels) * embedding, 1)
+        for place in (*blocks.encoder, *blocks.decoder):
+            if place.inputs != place.outputs:
+                yield Matrix(place.inputs * place.outputs, place.resolution**2)
+        for place in blocks.encoder:  # whose 3×3 convolutions come after the 1×1 one
+            yield from self._conditioned(place, place.outputs, embedding)
+        for place in blocks.decoder:
+            yield from self._conditioned(place, place.inputs, embedding)
 
     def misfit(self, resolution: int) -> tuple[str, str] | None:
         bottom = len(self.multipliers) - 1  # which always has attention
@@ -144,25 +200,31 @@ class DDPMPPNetwork(_UNet):
     """Numbers that the time is embedded in."""
     norm: Literal["double", "adagn", "shift"]
     """Adaptive double normalisation, AdaGN, or the shift of Score SDE and EDM."""
+    _two: ClassVar[tuple[str, ...]] = ("double", "adagn")
+
+    def layout(self, resolution: int, attentive: bool = True) -> Layout:
+        """Its blocks for items of that resolution; `attentive`: with its attention."""
+        sides = self.attention_resolutions if attentive else ()
+        return layout(resolution, self.width, self.multipliers, self.blocks, sides, entry=self.width, last_only=True)
+
+    def matrices(self, items: Items) -> Iterator[Matrix]:
+        blocks, embedding = self.layout(items.resolution), 4 * self.width
+        last = blocks.decoder[-1].outputs
+        yield Matrix(9 * items.channels * (self.width + last), items.resolution**2)
+        yield Matrix(self.noise_channels * (items.labels + embedding) + embedding**2, 1)
+        for place in (*blocks.encoder, *blocks.decoder):
+            yield from self._conditioned(place, place.inputs, embedding)
+            if place.inputs != place.outputs or place.resample:
+                yield Matrix(place.inputs * place.outputs, place.resolution**2)
 
     def misfit(self, resolution: int) -> tuple[str, str] | None:
-        for channels in sorted(self._normalised()):
+        blocks = self.layout(resolution, attentive=False)
+        for channels in sorted({n for p in (*blocks.encoder, *blocks.decoder) for n in (p.inputs, p.outputs)}):
             multiple = max(4, min(32, channels // 4))  # groups of at least 4 channels, at most 32 of them
             if channels % multiple:
                 what = f"{channels} channels (width · multiplier, with skips) for a group norm"
                 return "width", f"makes {what}, which takes a multiple of {multiple}: change it or the multipliers"
         return super().misfit(resolution)
-
-    def _normalised(self) -> set[int]:
-        """The numbers of channels that blocks get and give. In the decoder's level l a block gets those of level l + 1, then of l itself,
-        and a skip beside them: of level l, the last one's of l − 1."""
-        levels = [m * self.width for m in self.multipliers]
-        found = {self.width, *levels}
-        for above, own, below in zip([self.width, *levels], levels, [*levels[1:], levels[-1]], strict=False):
-            found |= {below + own, own + above}
-            if self.blocks > 1:
-                found.add(2 * own)
-        return found
 
 
 Network = Annotated[SmallNetwork | EDM2Network | DDPMPPNetwork, Field(discriminator="architecture")]

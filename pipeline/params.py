@@ -2,14 +2,15 @@
 """Read params.yaml into validated models, and say in one sentence what is wrong with it.
 
 `load()` is the only way in. The models are in `pipeline.models` and re-exported here. The file is read as YAML 1.2
-(what DVC reads it as, too): `1e-3` is a number and `no` is a word.
+(what DVC reads it as, too): `1e-3` is a number and `no` is a word. Sections may be named with `&` and laid below others with `<<: *name`,
+which is not of YAML 1.2 but which DVC and editors read as well.
 """
 
 from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,7 +120,9 @@ class _Yaml12(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # own table, not the parent's
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, where keys are still those of the file: to construct a section lays others below it, and puts their keys beside its own.
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -128,7 +131,7 @@ class _Yaml12(yaml.SafeLoader):
                 what = f"key '{key.value}' is given twice"
                 raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+        return node
 
 
 def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:
@@ -140,6 +143,8 @@ def _scalar(tag: str, pattern: str, first: Sequence[str], convert: Any) -> None:
     _Yaml12.add_constructor(tag, construct)
 
 
+# A section with others below it: `construct_mapping` looks for this tag.
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 _scalar("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda text: None)
 _scalar("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF", lambda text: text[0] in "tT")
 _scalar("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", "-+0123456789", int)

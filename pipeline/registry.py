@@ -33,7 +33,7 @@ from pipeline.errors import RegistryError, suggestion
 from pipeline.job import REPORTS, Job, Stage
 from pipeline.params import Params
 
-__all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "find", "jobs", "parents", "settings"]
+__all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "ends", "find", "jobs", "parents", "settings"]
 
 
 # In topological order.
@@ -80,7 +80,7 @@ _DECLARED = (
         axes=("slot",),
         expand=expansion.slots,
         inputs=lambda p: {**p.inputs("dataset"), **p.features()},
-        params=lambda p: (".evaluation.spaces",),
+        params=expansion.reference_keys,
         cost=costs.reference,
     ),
     Stage(
@@ -94,11 +94,11 @@ _DECLARED = (
     ),
     Stage(
         "teacher",
-        "train a diffusion model",
+        "train a diffusion model, or import a published one",
         axes=("slot", "size"),
         expand=expansion.sizes,
         inputs=lambda p: {**p.data(), **p.decoder()},
-        params=lambda p: expansion.network_keys(p, "teacher"),
+        params=expansion.teacher_keys,
         cost=costs.teacher,
     ),
     Stage(
@@ -137,7 +137,7 @@ _DECLARED = (
         expand=expansion.of_figure2,
         inputs=expansion.figure2_inputs,
         params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
-        cost=costs.figure,
+        cost=costs.figure2,
         reports=(REPORTS / "figure2.png",),
     ),
     Stage(
@@ -160,6 +160,16 @@ _DECLARED = (
         cost=costs.figure,
         reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),
     ),
+    Stage(
+        "evaluations",
+        "every measured point of the scale in one file",
+        axes=(),
+        expand=expansion.of_evaluations,
+        inputs=expansion.every_evaluation,
+        params=lambda p: (),
+        cost=costs.report,
+        reports=(REPORTS / "evaluations.csv",),
+    ),
 )
 STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})
 
@@ -175,6 +185,13 @@ def parents(job: Job, among: Iterable[Job]) -> list[Job]:
     """The jobs of `among` whose outputs `job` reads, in the order of its inputs."""
     makers = {output: maker for maker in among for output in maker.outputs}
     return list({maker.name: maker for path in job.inputs.values() if (maker := makers.get(path))}.values())
+
+
+def ends(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs whose outputs no other of them reads: who wants these wants them all."""
+    everything = list(jobs)
+    read = {path for job in everything for path in job.inputs.values()}
+    return [job for job in everything if not read & set(job.outputs)]
 
 
 def critical_path(jobs: Iterable[Job]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pipeline.done import CHANGED, OUTDATED, states
 from pipeline.files import is_alive, is_locked, read_json
 from pipeline.job import Job
 from pipeline.params import PARAMS_FILE, Params, load
-from pipeline.plan import duration, estimate, makespan
+from pipeline.plan import duration, estimate, longest_path, makespan
 from pipeline.progress import describe
 from pipeline.publish import RESULT, exit_note
 
@@ -111,7 +111,13 @@ def main(argv: Sequence[str]) -> int:
     print(f"\nscale {params.scale}: {len(rows)} jobs: {words}")
     if counts[DONE] < len(rows):
         cores = max(1, options.cores)
-        print(f"about {duration(remaining(rows, cores))} left on {cores} core{'s' * (cores > 1)}")
+        if params.active.hardware is None:
+            print(f"about {duration(remaining(rows, cores))} left on {cores} core{'s' * (cores > 1)}")
+        else:
+            left = {row.job.name: row.left_s for row in rows}
+            print(
+                f"at least {duration(longest_path([row.job for row in rows], left)[0])} left, on as many GPUs as are wanted at once"
+            )
     pending = sum(map(_pending, (paths.runs(params.scale) / ".lineage").glob("*/run.json")))
     if pending:
         words = "run has records or an end" if pending == 1 else "runs have records or an end"

@@ -42,10 +42,26 @@ BESIDE = {
 FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+# Arguments that this module's network and diffusers' have in common.
+SHARED = (
+    *(
+        "in_channels",
+        "out_channels",
+        "down_block_types",
+        "up_block_types",
+        "block_out_channels",
+        "layers_per_block",
+        "act_fn",
+    ),
+    *("latent_channels", "norm_num_groups", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+)
+
+
 class AutoencoderKL(nn.Module):
     """diffusers' AutoencoderKL: images (B, channels, H, W) in [−1, 1] ↔ latents (B, latent_channels, H/f, W/f), f = 2^(levels − 1).
 
-    The arguments are its own. Raises `ValueError`, in diffusers' words, for those that do not go together.
+    The arguments are its own, but `unit_images`: its network is shown images in [0, 1], half the contrast that it was trained on, as EDM2
+    does, whose networks are for such latents. Raises `ValueError`, in diffusers' words, for those that do not go together.
     """
 
     def __init__(
@@ -62,9 +78,10 @@ class AutoencoderKL(nn.Module):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
+        unit_images: bool = False,
     ) -> None:
         super().__init__()
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        arguments = {name: value for name, value in locals().items() if name in SHARED}
         prepare_torchvision()
         from diffusers import AutoencoderKL as Network  # here, as it takes seconds and few need it
 
@@ -73,6 +90,7 @@ class AutoencoderKL(nn.Module):
                 f"AutoencoderKL: in_channels and out_channels must be equal, got {in_channels}, {out_channels}"
             )
         self.channels, self.latent_channels = in_channels, latent_channels
+        self.unit_images = unit_images
         self.downsampling = 2 ** (len(block_out_channels) - 1)
         try:
             self.network: Any = Network(**arguments)
@@ -85,13 +103,14 @@ class AutoencoderKL(nn.Module):
         The log-variance is kept within −30…20, as diffusers has it.
         """
         check_images(self, x)
-        posterior = self.network.encode(x).latent_dist
+        posterior = self.network.encode((x + 1) / 2 if self.unit_images else x).latent_dist
         return posterior.mean, posterior.logvar
 
     def decode(self, z: Tensor) -> Tensor:
         """Return images (B, channels, f·h, f·w), nominally in [−1, 1], not clipped, of latents (B, latent_channels, h, w)."""
         check_latents(self, z)
-        return self.network.decode(z).sample
+        images: Tensor = self.network.decode(z).sample
+        return 2 * images - 1 if self.unit_images else images
 
 
 @dataclass(frozen=True)
@@ -140,7 +159,9 @@ class Pretrained(NamedTuple):
     info: dict[str, Any]
 
 
-def load_pretrained(source: str | Path, sha256: str | None = None, opener: Opener = open_url) -> Pretrained:
+def load_pretrained(
+    source: str | Path, sha256: str | None = None, opener: Opener = open_url, unit_images: bool = False
+) -> Pretrained:
     """Return the autoencoder `source`: one of `KNOWN`, found in the folder of weights or fetched into it, or a folder of the user's own.
 
     A folder has config.json and diffusion_pytorch_model.safetensors, as diffusers' `save_pretrained` writes them; `sha256` is its
@@ -171,6 +192,8 @@ def load_pretrained(source: str | Path, sha256: str | None = None, opener: Opene
             folder / WEIGHTS, sha256.lower(), f"the VAE {folder}", "give the right file or the right sha256"
         )
         info = {"source": folder.name}
+    if unit_images:
+        config["unit_images"] = True
     with torch.device("meta"):
         net = AutoencoderKL(**config)
     fill(net.network, _renamed(load_tensors(found.path)), found.path)
@@ -195,7 +218,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _arguments(config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """All arguments of `AutoencoderKL` as JSON values, those that the file leaves out at their defaults."""
-    known = inspect.signature(AutoencoderKL).parameters
+    known = {name: inspect.signature(AutoencoderKL).parameters[name] for name in SHARED}
     if unknown := sorted(config.keys() - known.keys()):
         raise ValueError(f"{path}: {unknown[0]} is no argument of AutoencoderKL that is known here, so it is not used")
     complete = {name: config.get(name, argument.default) for name, argument in known.items()}

@@ -27,7 +27,7 @@ def run(ctx: Context) -> None:
     indices = range(wanted.seed, wanted.seed + len(labels))
     rows: list[tuple[str, Tensor]] = []
     for size in slot.sizes:
-        for method in (TEACHER, *table2_students(slot)):
+        for method in (TEACHER, *table2_students(slot, size)):
             model = load_model(
                 ctx.inputs[f"teacher-{size}" if method == TEACHER else f"student-{size}-{method}"] / MODEL
             )

@@ -45,6 +45,6 @@ def run(ctx: Context) -> None:
         engine=engine,
     )
     grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
-    save_average(
-        ctx, state, config, sigma_data=slot.sigma_data, method=wanted.method, teacher=ctx.input_runs["teacher"]
-    )
+    inherited = {key: teacher.info[key] for key in ("licence", "imported") if key in teacher.info}
+    facts = {"sigma_data": slot.sigma_data, "method": wanted.method, "teacher": ctx.input_runs["teacher"]}
+    save_average(ctx, state, config, **facts, **inherited)

@@ -19,7 +19,6 @@ from scm_core.disk import StoreError, file_digest
 
 FORMAT = "scm-shards-1"
 INDEX = "index.json"
-READ_AHEAD = 1 << 14  # bytes of an item from which asking for its pages at once is worth the call
 
 
 class Field(NamedTuple):
@@ -63,8 +62,7 @@ class Sharded:
         self.shape = torch.Size((count, *field.shape))
         self.ndim = len(self.shape)
         self.per_shard = per_shard
-        self._bytes = field.item_bytes
-        self._maps = [_Mapped(path, field, min(per_shard, count - k * per_shard)) for k, path in enumerate(paths)]
+        self._maps = [_mapped(path, field, min(per_shard, count - k * per_shard)) for k, path in enumerate(paths)]
         self._numpy = np.dtype(field.dtype)
         self.dtype: torch.dtype = torch.from_numpy(np.empty(0, self._numpy)).dtype
 
@@ -93,7 +91,7 @@ class Sharded:
         while position < stop:
             k, first = divmod(position, self.per_shard)
             count = min(stop - position, self.per_shard - first)
-            result[position - start : position - start + count] = self._maps[k].items[first : first + count]
+            result[position - start : position - start + count] = self._maps[k][first : first + count]
             position += count
         return torch.from_numpy(result)
 
@@ -103,34 +101,23 @@ class Sharded:
             raise IndexError(f"expected indices in {-count}…{count - 1}, got {index.min()}…{index.max()}")
         shards, rows = np.divmod(np.where(index < 0, index + count, index), self.per_shard)
         used = np.unique(shards)
-        if self._bytes >= READ_AHEAD:
-            # All pages are asked for before the first is waited for: a disk is as fast as its queue is long.
-            for k, row in zip(shards.tolist(), rows.tolist(), strict=True):
-                self._maps[k].will_need(row * self._bytes, self._bytes)
         if len(used) == 1:
-            return torch.from_numpy(np.take(self._maps[used[0]].items, rows, axis=0))
+            return torch.from_numpy(np.take(self._maps[used[0]], rows, axis=0))
         result = np.empty((len(index), *self.shape[1:]), self._numpy)
         for k in used:
             where = np.flatnonzero(shards == k)
-            result[where] = self._maps[k].items[rows[where]]
+            result[where] = self._maps[k][rows[where]]
         return torch.from_numpy(result)
 
 
-class _Mapped:
-    """A `.npy` file's items, mapped read-only."""
-
-    def __init__(self, path: Path, field: Field, count: int) -> None:
-        with open(path, "rb") as file:
-            self.offset, found = _header(path, file)
-            if found != Field(field.dtype, (count, *field.shape)):
-                raise StoreError(f"{path} holds {found.dtype} {found.shape}, {INDEX} says otherwise: make it again")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.items = np.ndarray(found.shape, np.dtype(found.dtype).newbyteorder("<"), self._map, self.offset)
-
-    def will_need(self, start: int, count: int) -> None:
-        """Have the kernel read these bytes of the items, and do not wait for them."""
-        begin = (self.offset + start) & -mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, begin, self.offset + start + count - begin)
+def _mapped(path: Path, field: Field, count: int) -> np.ndarray:
+    """A shard's items, mapped read-only; StoreError if it holds others."""
+    with open(path, "rb") as file:
+        offset, found = _header(path, file)
+        if found != Field(field.dtype, (count, *field.shape)):
+            raise StoreError(f"{path} holds {found.dtype} {found.shape}, {INDEX} says otherwise: make it again")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.ndarray(found.shape, np.dtype(found.dtype).newbyteorder("<"), mapped, offset)
 
 
 def _header(path: Path, file: Any) -> tuple[int, Field]:

@@ -130,6 +130,21 @@ def rms_normalize(x: Maybe, dim: int = 1, eps: float = 1e-4) -> Maybe:
     return Dual(y, tangent)
 
 
+def magnitude_normalize(x: Maybe, dim: int = 1, eps: float = 1e-4) -> Maybe:
+    """x / (√mean_dim(x²) + ε), EDM2's own form of `rms_normalize` (its Algorithm 1); magnitudes in float32 at least."""
+    v = value_of(x)
+    magnitude = torch.linalg.vector_norm(_wide(v), dim=dim, keepdim=True) / math.sqrt(v.shape[dim])
+    r = (1 / (magnitude + eps)).to(v.dtype)
+    y = v * r
+    if not isinstance(x, Dual):
+        return y
+    with torch.no_grad():
+        # d(x r) = r (dx − y · mean(y dx) (m + ε)/m), because dr = −r² mean(x dx)/m; where x = 0 the magnitude moves nothing
+        along = (_wide(y) * x.tangent).mean(dim=dim, keepdim=True) * torch.where(magnitude > 0, 1 + eps / magnitude, 0)
+        tangent = (x.tangent - y * along.to(y.dtype)) * r
+    return Dual(y, tangent)
+
+
 def group_norm(x: Maybe, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Maybe:
     """γ (x − μ)/√(var + ε) + β for x of shape (B, C, …), μ and var over each group's channels and positions; γ, β of shape (C,)."""
     if not isinstance(x, Dual):

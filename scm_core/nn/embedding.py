@@ -2,6 +2,7 @@
 """Embeddings of the time t and of the guidance scale s, and the head of the adaptive weighting (paper §4.1, App. D, G)."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from scm_core.validate import check_positive
 
 Embedding = Literal["positional", "fourier"]
 NoiseInput = Literal["t", "edm"]
+Waves = Sequence[Sequence[float]]  # frequencies, phases
 
 
 class PositionalEmbedding(nn.Module):
@@ -41,16 +43,17 @@ class PositionalEmbedding(nn.Module):
 class FourierEmbedding(nn.Module):
     """c (B,) → √2 cos(2π scale·f_k c + φ_k), shape (B, channels), f_k ~ N(0, 1), φ_k ~ U[0, 2π] (EDM2, Eq. 75).
 
-    Frequencies and phases are a function of `seed`, since model files hold parameters only. With EDM's scale, 16, phases reach hundreds
-    of radians: they are computed in float64, whatever the format of c, which the result has.
+    Frequencies and phases are a function of `seed`, since model files hold parameters only, or `waves` gives them, in radians: 2π scale·f
+    and φ of an imported network. With EDM's scale, 16, phases reach hundreds of radians: they are computed in float64, whatever the format
+    of c, which the result has.
 
-    Raises ValueError for channels < 1 or a scale that is not positive.
+    Raises ValueError for channels < 1, a scale that is not positive, or waves of another number.
     """
 
     frequencies: Tensor
     phases: Tensor
 
-    def __init__(self, channels: int, scale: float, seed: int = 0) -> None:
+    def __init__(self, channels: int, scale: float, seed: int = 0, waves: Waves | None = None) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels: expected a positive number, got {channels}")
@@ -58,6 +61,10 @@ class FourierEmbedding(nn.Module):
         generator, f64 = torch.Generator("cpu").manual_seed(seed), torch.float64
         frequencies = torch.randn(channels, generator=generator, dtype=f64, device="cpu") * (2 * math.pi * scale)
         phases = torch.rand(channels, generator=generator, dtype=f64, device="cpu") * (2 * math.pi)
+        if waves is not None:
+            if len(waves) != 2 or any(len(part) != channels for part in waves):
+                raise ValueError(f"waves: expected {channels} frequencies and as many phases")
+            frequencies, phases = (torch.tensor(part, dtype=f64, device="cpu") for part in waves)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.register_buffer("phases", phases, persistent=False)
 
@@ -71,10 +78,10 @@ class TimeEmbedding(nn.Module):
     """t (B,) in radians → embedding of c_noise(t), (B, channels), of unit mean square and in the format of t (§4.1).
 
     `c_noise` "t" is the identity; "edm" is ¼ ln(σ_d tan t) for t in (0, π/2), EDM's ¼ ln σ. `embedding` "positional" is the paper's,
-    "fourier" EDM2's with frequencies of standard deviation `fourier_scale` (in periods) drawn from `fourier_seed`; Figure 4 compares
-    them. "edm" is computed in float64.
+    "fourier" EDM2's with frequencies of standard deviation `fourier_scale` (in periods) drawn from `fourier_seed`, or with `waves`;
+    Figure 4 compares them. "edm" is computed in float64.
 
-    Raises ValueError for another `embedding` or `c_noise`, and for what the embedding refuses.
+    Raises ValueError for another `embedding` or `c_noise`, waves for an embedding without any, and for what the embedding refuses.
     """
 
     def __init__(
@@ -85,15 +92,18 @@ class TimeEmbedding(nn.Module):
         fourier_scale: float = 1.0,
         fourier_seed: int = 0,
         sigma_data: float = 0.5,
+        waves: Waves | None = None,
     ) -> None:
         super().__init__()
         if c_noise not in ("t", "edm"):
             raise ValueError(f"c_noise: expected 't' or 'edm', got {c_noise!r}")
         check_positive("sigma_data", sigma_data)
+        if waves is not None and embedding != "fourier":
+            raise ValueError(f"waves: expected None for embedding {embedding!r}, got some")
         if embedding == "positional":
             self.embed: nn.Module = PositionalEmbedding(channels)
         elif embedding == "fourier":
-            self.embed = FourierEmbedding(channels, fourier_scale, fourier_seed)
+            self.embed = FourierEmbedding(channels, fourier_scale, fourier_seed, waves)
         else:
             raise ValueError(f"embedding: expected 'positional' or 'fourier', got {embedding!r}")
         self.log_sigma_data = math.log(sigma_data) if c_noise == "edm" else None

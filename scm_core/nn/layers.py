@@ -146,16 +146,17 @@ def adaptive_double_norm(x: Maybe, scale_shift: Maybe, norm: Callable[[Maybe], M
     return dual.add(dual.multiply(norm(x), s), b)
 
 
-def self_attention(qkv: Maybe, heads: int, cosine: bool) -> Maybe:
+def self_attention(qkv: Maybe, heads: int, cosine: bool, norm: Callable[..., Maybe] = dual.rms_normalize) -> Maybe:
     """Attention between the positions of an image: (B, 3C, H, W) → (B, C, H, W), scale 1/√d, d = C/heads.
 
-    The 3C channels are ordered by (q, k, v), head, element. `cosine`: q, k and v are normalised over the d elements (EDM2, App. B).
+    The 3C channels are ordered by (q, k, v), head, element. `cosine`: q, k and v are normalised over the d elements by `norm` (EDM2,
+    App. B).
     """
     b, channels, h, w = dual.value_of(qkv).shape
     parts = (b, 3, heads, channels // (3 * heads), h * w)
     # (3, B, heads, HW, d): torch's fused kernels want the d elements side by side, the Triton kernel each of q, k and v in one piece
     qkv = dual.rearrange(qkv, lambda u: u.reshape(parts).permute(1, 0, 2, 4, 3).contiguous())
     if cosine:
-        qkv = dual.rms_normalize(qkv, dim=4)
+        qkv = norm(qkv, dim=4)
     q, k, v = (dual.rearrange(part, torch.Tensor.squeeze, 0) for part in dual.chunk(qkv, 3, dim=0))
     return dual.rearrange(attention(q, k, v), lambda y: y.mT.reshape(b, channels // 3, h, w))

@@ -15,8 +15,9 @@ from scm_core.nn import dual
 from scm_core.nn.dual import Maybe
 from scm_core.nn.embedding import Embedding, NoiseInput, PositionalEmbedding, TimeEmbedding
 from scm_core.nn.layers import adaptive_double_norm, positions, random_dropout, self_attention
+from scm_core.nn.layout import Place, layout
 from scm_core.nn.network import Network, Precision
-from scm_core.nn.unet import Place, block_dropout, check_dropout, layout, through
+from scm_core.nn.unet import block_dropout, check_dropout, through
 from scm_core.validate import check_channels
 
 SKIP_SCALE = math.sqrt(0.5)  # of every sum of two branches

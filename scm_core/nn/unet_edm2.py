@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scm_core.nn import dual
 from scm_core.nn.dual import Maybe
-from scm_core.nn.embedding import Embedding, NoiseInput, TimeEmbedding
+from scm_core.nn.embedding import Embedding, NoiseInput, TimeEmbedding, Waves
 from scm_core.nn.layers import (
     MPConv,
     MPLinear,
@@ -24,8 +24,9 @@ from scm_core.nn.layers import (
     random_dropout,
     self_attention,
 )
+from scm_core.nn.layout import Place, layout
 from scm_core.nn.network import MPNetwork, Precision
-from scm_core.nn.unet import Place, block_dropout, check_dropout, layout, through
+from scm_core.nn.unet import block_dropout, check_dropout, through
 from scm_core.validate import check_channels
 
 # EDM2's Table 6: the width of each size (sizes S … XXL also in the paper's Tables 3 and 4, "channel multiplier")
@@ -52,6 +53,7 @@ class Block(nn.Module):
         super().__init__()
         inputs, outputs = place.inputs, place.outputs
         self.place, self.encoder, self.norm, self.dropout = place, encoder, norm, dropout
+        self.normalize = dual.magnitude_normalize if norm == "adagn" else dual.rms_normalize
         self.conv0 = MPConv(outputs if encoder else inputs, outputs, 3)
         self.conv1 = MPConv(outputs, outputs, 3)
         self.skip = MPConv(inputs, outputs, 1) if inputs != outputs else None
@@ -80,7 +82,7 @@ class Block(nn.Module):
             x = dual.downsample(x) if self.place.resample == "down" else dual.upsample(x)
         if self.encoder:
             x = x if self.skip is None else self.skip(x)
-            x = dual.rms_normalize(x)
+            x = self.normalize(x)
         y = self.conv0(mp_silu(x))
         y = mp_silu(self.modulate(y, emb))
         y = self.conv1(random_dropout(y, self.dropout, self.training))
@@ -88,7 +90,7 @@ class Block(nn.Module):
             x = self.skip(x)
         x = dual.weighted_sum(x, y, RESIDUAL_BALANCE)
         if self.place.attention:
-            y = self.project(self_attention(self.qkv(x), self.heads, cosine=True))
+            y = self.project(self_attention(self.qkv(x), self.heads, cosine=True, norm=self.normalize))
             x = dual.weighted_sum(x, y, ATTENTION_BALANCE)
         return dual.clamp(x, ACTIVATION_LIMIT)
 
@@ -100,8 +102,9 @@ class EDM2UNet(MPNetwork):
     before. Attention has `head_channels` channels per head. `dropout` acts in blocks at resolution ≤ `dropout_resolution` (None: all).
 
     `norm` "double" is adaptive double normalisation. "adagn" is EDM2's own conditioning, which stands where others have AdaGN and which
-    the paper's text calls so: a gain 1 + c per channel, without group normalisation or shift. `embedding`, `fourier_scale`,
-    `fourier_seed`, `c_noise` and `sigma_data` as in `TimeEmbedding`. EDM2 itself is norm="adagn", embedding="fourier", c_noise="edm".
+    the paper's text calls so: a gain 1 + c per channel, without group normalisation or shift, and ε beside the RMS instead of beside its
+    square where it normalises. `embedding`, `fourier_scale`, `fourier_seed`, `waves`, `c_noise` and `sigma_data` as in `TimeEmbedding`.
+    EDM2 itself is norm="adagn", embedding="fourier", c_noise="edm".
 
     Parameters for ImageNet 512 (4 × 64 × 64, 1000 labels) of XS, S, M, L, XL, XXL in millions: "double" 130.8, 293.9, 522.2, 815.6,
     1174.1, 1597.8; "adagn" 124.7, 280.2, 497.8, 777.5, 1119.3, 1523.2, the counts that the paper's Tables 3 and 4 have (from S on).
@@ -123,6 +126,7 @@ class EDM2UNet(MPNetwork):
         embedding: Embedding = "positional",
         fourier_scale: float = 1.0,
         fourier_seed: int = 0,
+        waves: Waves | None = None,
         c_noise: NoiseInput = "t",
         sigma_data: float = 0.5,
         guidance_input: bool = False,
@@ -137,7 +141,7 @@ class EDM2UNet(MPNetwork):
         if norm not in ("double", "adagn"):
             raise ValueError(f"norm: expected 'double' or 'adagn', got {norm!r}")
         first, emb = width * multipliers[0], width * max(multipliers)
-        time = TimeEmbedding(first, embedding, c_noise, fourier_scale, fourier_seed, sigma_data)
+        time = TimeEmbedding(first, embedding, c_noise, fourier_scale, fourier_seed, sigma_data, waves)
         super().__init__(channels, resolution, labels, time, first, emb, guidance_input, precision, checkpointing)
         self.plan = plan
 

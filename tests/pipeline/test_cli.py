@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline` as a user types it: exit codes, one sentence for each mistake, and a plan."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +57,8 @@ def cli(tmp_path: Path) -> Cli:
         (("run", "teacher", "--bogus"), "--bogus"),
         (("plan", "reports/table3.csv"), "reports/table3.csv: unknown target"),
         (("plan", "--cores", "0"), "--cores 0: must be at least 1"),
+        (("plan", "--gpus", "0", "--scale", "paper"), "--gpus 0: must be at least 1"),
+        (("plan", "--gpus", "8"), "--gpus 8: scale demo has no section hardware, so its jobs use no GPUs"),
         (("sample", "student-latent_guided-M-scdd"), "no teacher or student of scale demo; did you mean"),
         (("sample", "teacher-latent_guided-S"), "not trained yet; run it with: python -m pipeline run teacher"),
     ],
@@ -132,9 +136,53 @@ def test_plan_uses_the_times_of_finished_runs(cli: Cli, tmp_path: Path) -> None:
     assert re.search(r"^dataset-latent_guided +to do +1 h 02 min .* measured$", text, re.MULTILINE), text
     assert re.search(r"^vae-latent_guided .* estimated$", text, re.MULTILINE), text
     file = tmp_path / "params.yaml"
-    file.write_text(file.read_text().replace("resolution: 32", "resolution: 16"))
+    file.write_text(file.read_text().replace("source: mnist5k, resolution: 32", "source: mnist5k, resolution: 16"))
     text = cli("plan", "vae").stdout
     assert re.search(r"^dataset-latent_guided +to do +\d+ s .* estimated$", text, re.MULTILINE), text
+
+
+def test_finished_jobs_set_the_rate_of_the_others_of_their_stage(cli: Cli, tmp_path: Path) -> None:
+    """Half as fast as expected: what is left of the stage takes twice as long, and no other stage does."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    params = load(tmp_path / "params.yaml")
+    made = registry.find(params, "dataset", {"slot": "latent_guided"})
+    other = dataclasses.replace(made, axes={"slot": "another"}, outputs=(Path("runs/demo/another/dataset"),))
+    vae = registry.find(params, "vae", {"slot": "latent_guided"})
+    record = tmp_path / "runs/demo/.records/dataset-latent_guided.json"
+    record.parent.mkdir(parents=True)
+    seconds = 2 * made.resources.seconds
+    record.write_text(json.dumps({"seconds": seconds, "fingerprint": fingerprint(made, params, {})}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCM_ROOT", str(tmp_path))
+        found = plan.estimates([made, other, vae], params)
+    assert found[made.name].source == plan.MEASURED
+    assert (found[other.name].source, found[other.name].seconds) == (plan.BY_RATE, seconds)
+    assert (found[vae.name].source, found[vae.name].seconds) == (plan.ESTIMATED, vae.resources.seconds)
+
+
+def test_the_plan_of_the_papers_table(cli: Cli) -> None:
+    """Its totals are the sums of its jobs; a teacher's are its FLOPs over what its GPUs are reckoned to do; nothing heavy is loaded."""
+    started = time.monotonic()
+    done = cli("plan", "reports/table2.csv", "--scale", "paper", "--json")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 5  # 0.6 s where nothing else runs
+    found = json.loads(done.stdout)
+    jobs = {job["name"]: job for job in found["jobs"]}
+    assert len(jobs) == 36
+    for key in ("seconds", "gpu_hours", "bytes", "scratch_bytes"):
+        assert found["total"][key] == pytest.approx(sum(job[key] for job in jobs.values()), rel=0.001)
+    # Table 4: 376k iterations of 2048; 3 passes of 2 · 547 GFLOP (EDM2 counts 552, a multiplication and its addition as one)
+    hours = 376_000 * 2048 * 3 * 2 * 547e9 / (0.3 * 989e12) / 3600
+    assert jobs["teacher-latent_guided-XXL"]["gpu_hours"] == pytest.approx(hours, rel=0.01)
+    assert jobs["dataset-latent_guided"]["bytes"] == 1_281_167 * 3 * 512**2
+    assert found["longest_path"]["jobs"][-1] == "table2"
+    assert found["elapsed_s"] == found["longest_path"]["seconds"]
+    few = json.loads(cli("plan", "reports/table2.csv", "--scale", "paper", "--json", "--gpus", "8").stdout)
+    held = sum(job["seconds"] for job in jobs.values() if job["gpus"] == 8)
+    assert few["elapsed_s"] >= held
+    text = cli("plan", "reports/table2.csv", "--scale", "paper").stdout
+    assert re.search(r"^total +36 .* GPU-h +\S+ TB$", text, re.MULTILINE), text
+    assert "989 TFLOP/s × 0.3 = 297 TFLOP/s of model FLOPs on each NVIDIA H100 80GB HBM3" in text
 
 
 def test_makespan_and_longest_path() -> None:
@@ -150,7 +198,14 @@ def test_makespan_and_longest_path() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (12000, "3 h 20 min")],
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (3599.6, "1 h 00 min"),
+        (12000, "3 h 20 min"),
+        (460000, "5.3 days"),
+    ],
 )
 def test_durations(value: float, text: str) -> None:
     assert plan.duration(value) == text

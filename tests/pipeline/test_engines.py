@@ -4,6 +4,7 @@
 import fcntl
 import json
 import re
+import resource
 import shutil
 import subprocess
 import time
@@ -30,10 +31,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory, copy_repository: Callab
 def run(
     repository: Path, user_env: Callable[[Path], dict[str, str]]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            words, cwd=repository, env=user_env(repository), capture_output=True, text=True, timeout=120
-        )
+    def command(*words: str, root: Path = repository) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=root, env=user_env(root), capture_output=True, text=True, timeout=120)
 
     return command
 
@@ -41,14 +40,15 @@ def run(
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def registry_edges(repository: Path) -> tuple[set[str], Edges]:
-    jobs = registry.jobs(load(repository / "params.yaml"))
+def registry_edges(repository: Path, scale: str | None = None) -> tuple[set[str], Edges]:
+    jobs = registry.jobs(load(repository / "params.yaml", scale))
     return {job.name for job in jobs}, {(up.name, job.name) for job in jobs for up in registry.parents(job, jobs)}
 
 
-def snakemake_edges(text: str, repository: Path) -> tuple[set[str], Edges]:
+def snakemake_edges(text: str, repository: Path, scale: str | None = None) -> tuple[set[str], Edges]:
     """Edges from the files that a dry run says each rule reads and writes."""
-    job_of = {str(path): job.name for job in registry.jobs(load(repository / "params.yaml")) for path in job.outputs}
+    jobs = registry.jobs(load(repository / "params.yaml", scale))
+    job_of = {str(path): job.name for job in jobs for path in job.outputs}
     edges: Edges = set()
     names: set[str] = set()
     for block in re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]:
@@ -73,6 +73,41 @@ def test_registry_snakemake_and_dvc_have_the_same_edges(repository: Path, run: R
     assert dag.returncode == 0, dag.stderr
     assert set(re.findall(r'"([^"]+)" -> "([^"]+)"', dag.stdout)) == edges
     assert set(re.findall(r'"([^"]+)"', dag.stdout)) == names
+
+
+@pytest.mark.slow
+def test_the_profile_of_slurm_plans_the_papers_jobs(repository: Path, run: Run) -> None:
+    """All of them in at most six seconds of processor time (two where nothing else runs), with the GPUs that they ask for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    dry = run("snakemake", "-n", "--profile", "cluster/slurm")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert dry.returncode == 0, dry.stderr
+    text = dry.stdout + dry.stderr
+    names, edges = registry_edges(repository, "paper")
+    assert len(names) > 150
+    assert snakemake_edges(text, repository, "paper") == (names, edges)
+    assert sum(after[:2]) - sum(before[:2]) < 6
+    teacher = text[text.index("rule teacher:") :]
+    assert re.search(r"threads: 64\n    resources: .*gpus=8, runtime=1440", teacher)
+
+
+@pytest.mark.slow
+def test_dvc_has_the_papers_jobs_too(repository: Path, tmp_path: Path, run: Run) -> None:
+    """dvc.yaml is generated for the active scale. With another one active DVC reads its sections through aliases and merges."""
+    own = tmp_path / "repository"
+    shutil.copytree(repository, own, symlinks=True, ignore=shutil.ignore_patterns("runs", ".snakemake"))
+    params = own / "params.yaml"
+    params.write_text(params.read_text().replace("\nscale: demo\n", "\nscale: paper\n"))
+    names, edges = registry_edges(own)
+    generated = run("python", "-m", "pipeline", "dvc", root=own)
+    (own / "dvc.yaml").write_text(generated.stdout)
+    dag = run("dvc", "dag", "--dot", root=own)
+    assert dag.returncode == 0, dag.stderr
+    assert set(re.findall(r'"([^"]+)" -> "([^"]+)"', dag.stdout)) == edges
+    assert set(re.findall(r'"([^"]+)"', dag.stdout)) == names
+    read = run("dvc", "params", "diff", "--all", "--json", "--targets", "params.yaml", root=own)
+    assert read.returncode == 0, read.stderr
+    assert '"scales.paper.slots.latent_guided.students.dscd_512.tangent_c"' in read.stdout
 
 
 @pytest.mark.slow

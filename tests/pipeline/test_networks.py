@@ -8,10 +8,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.networks import Network
+from pipeline.networks import Items, Network
 from pipeline.sections import TeacherTraining
 from scm_core.nn.build import ARCHITECTURES, build_network, count_parameters
 from scm_core.nn.unet_edm2 import WIDTHS
+from scm_core.train.flops import count_flops
 
 UNET = {"embedding": "positional", "c_noise": "t", "checkpointing": False, "precision": "fp32"}
 EDM2 = {
@@ -45,11 +46,11 @@ def test_the_library_takes_what_a_section_says(data: dict[str, Any]) -> None:
     }
     with torch.device("meta"):
         net = build_network(config)
-    assert count_parameters(net) == pytest.approx(network.weights(), rel=0.15)
+    assert count_parameters(net) == pytest.approx(network.weights(Items(channels, resolution, 10)), rel=0.005)
     assert not resolution % network.downsampling
     arguments = set(inspect.signature(ARCHITECTURES[network.architecture]).parameters) - FROM_ELSEWHERE
-    # the seed of Fourier features is no setting; the small network's patch is the one that `downsampling` says
-    assert arguments - {"fourier_seed", "patch"} == set(type(network).model_fields) - {"architecture"}
+    # Fourier features' seed is no setting, their waves are those of an imported network; the small network's patch is `downsampling`
+    assert arguments - {"fourier_seed", "waves", "patch"} == set(type(network).model_fields) - {"architecture"}
 
 
 def changed(data: dict[str, Any], **change: Any) -> dict[str, Any]:
@@ -102,11 +103,33 @@ def test_both_kinds_of_network_are_among_them() -> None:
         assert keys == {"", "attention_resolutions", "head_channels" if architecture == "edm2" else "width"}
 
 
-def test_work_grows_as_the_networks_of_the_paper_do() -> None:
-    """Table 2 of EDM2: XS to XXL cost 46, 102, 181, 282, 406, 552 gigaflops per evaluation at 64 × 64."""
-    cost = [section({**EDM2, "width": width}).work(64) for width in WIDTHS.values()]
-    published = [46, 102, 181, 282, 406, 552]
-    assert [c / cost[0] for c in cost] == pytest.approx([p / published[0] for p in published], rel=0.05)
+@pytest.mark.parametrize(
+    "data",
+    [
+        {**SMALL, "width": 12},
+        changed(EDM2, attention_resolutions=[8]),
+        changed(EDM2, norm="adagn", multipliers=[2, 1], blocks=2),
+        *(changed(DDPMPP, attention_resolutions=[8], norm=norm, blocks=2) for norm in ("double", "shift")),
+        pytest.param({**EDM2, "width": 64}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_flops_are_those_that_are_counted(data: dict[str, Any]) -> None:
+    """The oracle is torch: every matrix product and convolution of one forward pass of the real network."""
+    network, items = section(data), Items(3, 16, 5)
+    net = build_network({**network.config(0.5), **items._asdict()}).eval()
+    x, t, labels = torch.zeros(1, 3, 16, 16), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        assert network.flops(items) == count_flops(lambda: net(x, t, labels))
+
+
+def test_flops_are_those_that_edm2_states() -> None:
+    """Table 6 of EDM2: XS to XXL cost 46, 102, 181, 282, 406, 552 gigaflops per evaluation at 64 × 64, a multiplication and its addition
+    as one."""
+    cost = [
+        section({**EDM2, "norm": "adagn", "width": width}).flops(Items(4, 64, 1000)) / 2e9 for width in WIDTHS.values()
+    ]
+    assert cost == pytest.approx([46, 102, 181, 282, 406, 552], rel=0.03)
 
 
 @pytest.mark.parametrize("change", [{"embedding": "fourier"}, {"fourier_scale": 16.0}])

@@ -9,7 +9,7 @@ import pytest
 from pipeline import costs, dvcfile, registry
 from pipeline.errors import RegistryError
 from pipeline.job import Job
-from pipeline.params import Params, load, read_yaml, validate
+from pipeline.params import Evaluation, Params, load, read_yaml, validate
 from pipeline.sweep import Plan, Point, sweep
 from scm_core.sampling import diffusion_nfe
 
@@ -47,7 +47,7 @@ def test_every_job_of_the_demo(params: Params) -> None:
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
-    reports = ["table2", "figure2", "figure3", "figure7"]
+    reports = ["table2", "figure2", "figure3", "figure7", "evaluations"]
     expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
     assert names(registry.jobs(params)) == expected
 
@@ -98,32 +98,43 @@ def test_the_critical_path_is_the_longest_chain(params: Params) -> None:
     assert after["student-latent_guided-M-scd"] > after["student-latent_guided-M-sct"]
 
 
-@pytest.mark.parametrize("scale", ["demo", "smoke"])
+@pytest.mark.parametrize("scale", load(ROOT / "params.yaml").scales)
 def test_the_cost_of_an_evaluation_counts_what_the_sweep_asks_for(params: Params, scale: str) -> None:
-    """Every sample of every point, by the sweep itself when scale 1 is not the best; the library counts the passes."""
+    """Every sample of every point, by the sweep itself when scale 1 is not the best and no two spaces have the same best one; the library
+    counts the passes."""
     for job in registry.jobs(params, scale):
         if job.stage != "evaluate":
             continue
         slot, method = params.scales[scale].slots[job.axes["slot"]], job.axes["method"]
         how = slot.evaluation
         student = None if method == "teacher" else slot.student_for(job.axes["size"], method)
-        guidable = student is None or student.guidance is not None
+        guidable = slot.dataset.labels > 0 if student is None else student.guidance is not None
         asked: list[Point] = []
 
-        def measure(point: Point, asked: list[Point] = asked) -> dict[str, dict[str, float]]:
+        def measure(point: Point, asked: list[Point] = asked, how: Evaluation = how) -> dict[str, dict[str, float]]:
             asked.append(point)
-            return {"classifier": {"fid": -(point.guidance or 0.0)}}
+            guidance = point.guidance or 0.0
+            return {space: {"fid": -guidance if i == 0 else abs(guidance - 1.8)} for i, space in enumerate(how.spaces)}
 
         plan = Plan.of(how, student.steps if student else (how.teacher.steps,), guidable)
-        sweep(plan, ["classifier"], measure)
+        sweep(plan, how.spaces, measure)
         images = sum(point.samples for point in asked)
         passes = sum(
             point.samples
-            * (point.steps if student else diffusion_nfe(how.teacher.solver, point.steps, point.guidance != 1.0))
+            * (
+                point.steps
+                if student
+                else diffusion_nfe(how.teacher.solver, point.steps, point.guidance not in (None, 1.0))
+            )
             for point in asked
         )
-        work = slot.sizes[job.axes["size"]].network.work(slot.item_resolution)
-        expected = costs.START + costs.FORWARD * work * passes + costs.IMAGE * images
+        flops = slot.sizes[job.axes["size"]].network.flops(slot.items) * passes
+        expected = costs.START + flops / costs.CPU_FLOPS + costs.IMAGE * images
+        if hardware := params.scales[scale].hardware:
+            per_image = {"inception": 11.4e9, "dinov2": 162e9}
+            flops += images * sum(per_image[space] for space in how.spaces)
+            flops += images * 2.515e12 * (slot.vae is not None)  # to decode 512 × 512 pixels
+            expected = costs.GPU_START + flops / (how.processes * hardware.flops)
         assert job.resources.seconds == pytest.approx(expected, abs=0.06), job.name
 
 
@@ -222,13 +233,33 @@ def test_a_number_that_a_size_replaces_does_not_matter_to_it(params: Params) -> 
         assert (registry.settings(job, before) == registry.settings(job, after)) is same
 
 
+def test_figure_7_of_the_paper_needs_no_ablations() -> None:
+    """Teachers, sCD, VSD and sCD+VSD of every size that trains them, and neither multistep nor discrete students."""
+    figure = registry.find(load(ROOT / "params.yaml", "paper"), "figure7", {})
+    methods = [name.split("-", 2)[2] for name in figure.inputs]
+    assert sorted(set(methods)) == ["scd", "scd_vsd", "teacher", "vsd"]
+    assert methods.count("vsd") == 1
+    assert methods.count("scd_vsd") == 5
+
+
+def test_what_no_other_job_reads_wants_all_jobs(params: Params) -> None:
+    for scale in params.scales:
+        jobs = registry.jobs(params, scale)
+        wanted = {job.name for job in registry.ends(jobs)}
+        for job in reversed(jobs):
+            if job.name in wanted:
+                wanted.update(parent.name for parent in registry.parents(job, jobs))
+        assert wanted == {job.name for job in jobs}
+    assert all(job.is_report for job in registry.ends(registry.jobs(params, "demo")))
+
+
 def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
     data = read_yaml(ROOT / "params.yaml")
     slot = data["scales"]["smoke"]["slots"].pop(SLOT)
     del slot["vae"]
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
-    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3"}
+    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3", "evaluations"}
     assert {job.stage for job in jobs} == stages
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}

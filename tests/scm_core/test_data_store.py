@@ -16,7 +16,7 @@ import torch
 from scm_core import claims, disk
 from scm_core.data import ImageSet, ShardWriter, load_images, save_images, writing
 from scm_core.data.images import KIND
-from scm_core.data.shards import READ_AHEAD, Field, Sharded, files_of, open_store, read_index
+from scm_core.data.shards import Field, Sharded, files_of, open_store, read_index
 from scm_core.disk import StoreError, file_digest
 
 COUNT, PER_SHARD, BATCH = 50, 8, 3
@@ -87,17 +87,6 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
                 field[wrong]
         with pytest.raises(IndexError, match="expected an int64 tensor"):
             field[torch.tensor([0.0])]
-
-
-def test_large_items_are_read_ahead(tmp_path: Path) -> None:
-    """Pages are asked for at addresses that are no multiples of a page, to the last item of a file."""
-    fields = {"x": Field("uint8", (READ_AHEAD + 7,))}
-    store = ShardWriter(tmp_path, "test", fields, 5, per_shard=3)
-    rows = np.random.default_rng(0).integers(0, 256, (5, READ_AHEAD + 7), dtype=np.uint8)
-    store.fill(lambda part: {"x": rows[part.start : part.stop]}, 2)
-    store.finish({}, {})
-    order = torch.tensor([4, 0, 2, 3, 1, 4])
-    assert torch.equal(open_store(tmp_path, "test").fields["x"][order], torch.from_numpy(rows)[order])
 
 
 def test_shards_are_plain_npy_files(tmp_path: Path) -> None:

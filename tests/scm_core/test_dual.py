@@ -75,6 +75,14 @@ CASES = {
         lambda x: x / ((x**2).mean(2, keepdim=True) + 0.1).sqrt(),
         [IMAGE],
     ),
+    "magnitude_normalize": Case(
+        dual.magnitude_normalize, lambda x: x / ((x**2).mean(1, keepdim=True).sqrt() + 1e-4), [IMAGE]
+    ),
+    "magnitude_normalize-dim": Case(
+        lambda x: dual.magnitude_normalize(x, dim=2, eps=0.1),
+        lambda x: x / ((x**2).mean(2, keepdim=True).sqrt() + 0.1),
+        [IMAGE],
+    ),
     "group_norm": Case(
         lambda x, w, b: dual.group_norm(x, 2, w, b, 0.1),
         lambda x, w, b: grouped(x, 2, w, b, 0.1),
@@ -171,6 +179,17 @@ def test_value_keeps_its_gradient_and_tangent_has_none(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_the_magnitude_of_nothing() -> None:
+    """Where all channels are zero, value and tangent are finite: (x + δ)/(‖δ‖ + ε) moves with 1/ε."""
+    x = torch.zeros(1, 4, 1, 1, dtype=F64, requires_grad=True)
+    y = dual.magnitude_normalize(Dual(x, torch.ones_like(x)))
+    assert isinstance(y, Dual)
+    assert y.value.eq(0).all()
+    torch.testing.assert_close(y.tangent, torch.full_like(x, 1e4))
+    (gradient,) = torch.autograd.grad(y.value.sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_constants_stay_plain_tensors() -> None:
     """Where nothing moves no pair appears, and a constant's tangent is zero."""
     x = normal(*IMAGE, seed=0)
@@ -188,15 +207,15 @@ def test_weighted_sum_keeps_unit_variance() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("operation", ["rms_normalize", "group_norm"])
+@pytest.mark.parametrize("operation", ["rms_normalize", "magnitude_normalize", "group_norm"])
 def test_normalisations_of_large_half_precision_numbers(dtype: torch.dtype, operation: str) -> None:
     """Squares of numbers beyond 256 overflow float16: means are taken in float32, for value and tangent."""
     x, dx = (300 * normal(2, 8, 4, 4, seed=i).clamp(-3, 3) for i in (0, 1))
     weight, bias = torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype)
 
     def call(x: Any) -> Any:
-        if operation == "rms_normalize":
-            return dual.rms_normalize(x)
+        if operation != "group_norm":
+            return getattr(dual, operation)(x)
         kind = dual.value_of(x).dtype
         return dual.group_norm(x, 2, weight.to(kind), bias.to(kind), 1e-6)
 

@@ -75,6 +75,16 @@ def test_fourier_embedding_is_a_function_of_its_seed() -> None:
     assert not list(first.state_dict())
 
 
+def test_given_waves() -> None:
+    """√2 cos(ω c + φ) of the frequencies and phases that are given, in radians."""
+    frequencies, phases = [3.0, -50.0, 0.25], [0.0, 1.0, 6.0]
+    c = torch.tensor([-1.0, 0.4])
+    y = FourierEmbedding(3, 1.0, waves=[frequencies, phases])(c)
+    for i, row in enumerate(c.tolist()):
+        for j in range(3):
+            assert y[i, j].item() == pytest.approx(math.sqrt(2) * math.cos(frequencies[j] * row + phases[j]), abs=1e-6)
+
+
 def test_fourier_phases_of_hundreds_of_radians_are_exact_in_float32() -> None:
     """Scale 16 in float32 agrees with float64 to rounding of the result, value and derivative."""
     embedding = FourierEmbedding(64, 16.0)
@@ -155,6 +165,8 @@ def test_a_larger_fourier_scale_makes_the_time_derivative_larger() -> None:
         ({"sigma_data": -1.0}, "sigma_data: expected a positive number, got -1.0"),
         ({"channels": 7}, "channels: expected an even number >= 4, got 7"),
         ({"channels": 0, "embedding": "fourier"}, "channels: expected a positive number, got 0"),
+        ({"waves": [[1.0] * 8] * 2}, "waves: expected None for embedding 'positional', got some"),
+        ({"waves": [[1.0] * 8, [1.0] * 7], "embedding": "fourier"}, "waves: expected 8 frequencies and as many phases"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], words: str) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from scm_core.nn.build import count_parameters
-from scm_core.nn.unet import Place
+from scm_core.nn.layout import Place
 from scm_core.nn.unet_ddpmpp import DDPMPP, Block
 
 F64 = torch.float64

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scm_core.nn.build import count_parameters
 from scm_core.nn.layers import MPWeight, normalize_weights
-from scm_core.nn.unet import Place
+from scm_core.nn.layout import Place
 from scm_core.nn.unet_edm2 import WIDTHS, Block, EDM2UNet
 
 F64 = torch.float64
@@ -79,8 +79,10 @@ def weight_of(layer: MPWeight) -> Tensor:
     return layer.weight / math.sqrt(layer.weight[0].numel())
 
 
-def unit(x: Tensor, dim: int = 1) -> Tensor:
-    return x / ((x**2).mean(dim, keepdim=True) + 1e-4).sqrt()
+def unit(x: Tensor, dim: int = 1, norm: str = "double") -> Tensor:
+    """ε = 1e-4 beside the square, or, in EDM2's own block (its Algorithm 1), beside the root."""
+    square = (x**2).mean(dim, keepdim=True)
+    return x / (square.sqrt() + 1e-4 if norm == "adagn" else (square + 1e-4).sqrt())
 
 
 def silu(x: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def test_block_is_its_formula(flavour: str, resample: Any, norm: Any) -> None:
         x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert block.skip is not None
     if flavour == "encoder":
-        x = unit(nnf.conv2d(x, weight_of(block.skip)))
+        x = unit(nnf.conv2d(x, weight_of(block.skip)), norm=norm)
     h = nnf.conv2d(silu(x), weight_of(block.conv0), padding=1)
     c = emb @ weight_of(block.embed).T
     if norm == "double":
@@ -128,7 +130,7 @@ def test_block_is_its_formula(flavour: str, resample: Any, norm: Any) -> None:
     x = mixed(x, h, 0.3)
     side = x.shape[-1]
     q, k, v = nnf.conv2d(x, weight_of(block.qkv)).reshape(2, 3, 2, 4, side**2).unbind(1)  # (q, k, v), head, element
-    q, k, v = (unit(part, dim=2) for part in (q, k, v))
+    q, k, v = (unit(part, dim=2, norm=norm) for part in (q, k, v))
     p = torch.softmax(torch.einsum("nhdi,nhdj->nhij", q, k) / 2, dim=-1)
     h = torch.einsum("nhij,nhdj->nhdi", p, v).reshape(2, 8, side, side)
     x = mixed(x, nnf.conv2d(h, weight_of(block.project)), 0.3)
