@@ -15,7 +15,7 @@ unexport PYTHONPATH PYTHONHOME
 
 # Files of tests that run at a time; each keeps to one thread and about 1 GB. On two cores three are faster: many tests wait for processes.
 WORKERS ?= 3
-RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png
+RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png reports/evaluations.csv
 
 .PHONY: help setup demo test lint format bench sync lock clean
 

@@ -15,8 +15,8 @@ from pipeline import manifest, paths, registry
 from pipeline.errors import PipelineError, suggestion
 from pipeline.job import REPORT_SLOT
 from pipeline.params import Params, Slot
-from pipeline.sample import find_trained
-from pipeline.spaces import SPACES, load_extractor
+from pipeline.sample import find_trained, require_result
+from pipeline.spaces import SPACES, load_extractor, subset_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,13 +92,29 @@ class Target:
             raise PipelineError(f"--steps: {run} samples in {' or '.join(map(str, known))} steps, got {steps}")
 
     def check_guidance(self, run: str, scales: Sequence[float]) -> None:
-        """PipelineError for scales beyond those that the subject was trained on."""
-        if self.subject.guidance_range is None:
-            return
-        low, high = self.subject.guidance_range
+        """PipelineError for scales that are none, or beyond those that the subject was trained on."""
+        low, high = self.subject.guidance_range or (0, math.inf)
         for scale in scales:
-            if not low <= scale <= high:
-                raise PipelineError(f"--guidance: {run} was trained on scales {low:g} to {high:g}, got {scale:g}")
+            if not low <= scale <= high or math.isinf(scale):
+                known = (
+                    f"takes scales of at least {low:g}"
+                    if math.isinf(high)
+                    else f"was trained on scales {low:g} to {high:g}"
+                )
+                raise PipelineError(f"--guidance: {run} {known}, got {scale:g}")
+
+    def check_samples(self, run: str, count: int) -> None:
+        """PipelineError for fewer samples than the metrics need, or more than there are."""
+        how = self.slot.evaluation
+        if count > len(self.subject):
+            raise PipelineError(f"--samples: {run} holds {len(self.subject)} images, {count} are asked for")
+        if count <= how.neighbours:
+            raise PipelineError(f"--samples: must be above evaluation.neighbours ({how.neighbours}), got {count}")
+        if how.groups and (count < how.groups or count - math.ceil(count / how.groups) <= how.neighbours):
+            raise PipelineError(
+                f"--samples: {count} are too few for errors from evaluation.groups ({how.groups}) and evaluation.neighbours "
+                f"({how.neighbours}); measure more"
+            )
 
     @property
     def default_samples(self) -> int:
@@ -111,6 +127,7 @@ class Asked:
 
     def __init__(self, params: Params, options: argparse.Namespace) -> None:
         self.params, self.options = params, options
+        self._known: dict[str, dict[str, Reference]] = {}  # references from the folder of --reference, by slot
         self.metrics = [METRICS[self._metric(name)] for name in words(options.metrics, "--metrics")]
         for name in ("samples", "first"):
             value = getattr(options, name)
@@ -152,8 +169,11 @@ class Asked:
             reference = registry.find(self.params, "reference", axes)
             inputs = self._made({**reference.inputs, "reference": reference.outputs[0]})
             subject = FolderSubject(folder)
+            self._check_size(run, subject.size, slots[axes["slot"]])
         else:
-            axes = {"method": "teacher", **find_trained(run, self.params).axes}
+            trained = find_trained(run, self.params)
+            require_result(run, trained)
+            axes = {"method": "teacher", **trained.axes}
             inputs = self._made(registry.find(self.params, "evaluate", axes).inputs)
             subject = ModelSubject(slots[axes["slot"]], axes["size"], axes["method"], inputs, device)
         slot = slots[axes["slot"]]
@@ -162,6 +182,15 @@ class Asked:
         cache = paths.evaluation_cache(self.params.scale)
         evaluator = Evaluator(subject, references, inputs, slot.evaluation, cache, device=device)
         return Target(subject, evaluator, slot, names)
+
+    def _check_size(self, run: str, size: tuple[int, int], slot: Slot) -> None:
+        """Networks that resize would measure a folder of any size against images of another."""
+        side = slot.dataset.resolution
+        if self.options.reference is None and size != (side, side):
+            raise PipelineError(
+                f"{run}: its images are {size[1]}×{size[0]}, those of the slot's data set {side}×{side}; resize them, name another --slot, "
+                "or give a --reference"
+            )
 
     def _slot(self) -> str:
         slots = self.params.active.slots
@@ -173,9 +202,12 @@ class Asked:
     def _made(self, outputs: Mapping[str, Path]) -> dict[str, Path]:
         """Where published outputs lie; PipelineError with the command that makes it for one that is not there."""
         for output in outputs.values():
-            if manifest.read(paths.root() / output / paths.MANIFEST) is None:
-                maker = next(job for job in registry.jobs(self.params) if output in job.outputs)
+            made = manifest.read(paths.root() / output / paths.MANIFEST)
+            maker = next(job for job in registry.jobs(self.params) if output in job.outputs)
+            if made is None:
                 raise PipelineError(f"{output}: not made yet; run it with: {maker.command}")
+            if wrong := manifest.fault(maker, made):
+                raise PipelineError(f"{wrong}; make it again with: {maker.command}, then `make sync`")
         return {name: paths.root() / output for name, output in outputs.items()}
 
     def _references(self, slot: Slot, name: str, inputs: Mapping[str, Path]) -> dict[str, Reference]:
@@ -185,10 +217,12 @@ class Asked:
         spaces = self.spaces(slot, name)
         if self.options.reference is None:
             return load_references(spaces, inputs["reference"])
-        extractors = {space: load_extractor(space, inputs, own_device()) for space in spaces}
-        return reference_of(
-            self.options.reference, extractors, slot.evaluation, paths.evaluation_cache(self.params.scale)
-        )
+        if name not in self._known:
+            extractors = {space: load_extractor(space, inputs, own_device()) for space in spaces}
+            subset = subset_of(slot.evaluation, self.params.active.seed)
+            cache = paths.evaluation_cache(self.params.scale)
+            self._known[name] = reference_of(self.options.reference, extractors, slot.evaluation, cache, subset)
+        return self._known[name]
 
 
 def words(text: str, option: str) -> list[str]:
@@ -208,7 +242,9 @@ def numbers(text: str, option: str) -> list[float]:
     if len(parts) == 3 and all(part.is_finite() for part in parts):
         low, high, step = parts
         if step <= 0 or high < low or (high - low) / step >= MOST:
-            raise PipelineError(f"{option}: expected low:high:step with low ≤ high and step > 0, got {text}")
+            raise PipelineError(
+                f"{option}: expected low:high:step with low ≤ high, step > 0 and at most {MOST} numbers, got {text}"
+            )
         return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
     try:
         found = [float(word) for word in words(text, option)]

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     asked = Asked(load(paths.root() / PARAMS_FILE, options.scale), options)
     targets = [asked.target(run) for run in (options.a, options.b)]
+    require_one_reference(targets, (options.a, options.b))
     count = min(options.samples or target.default_samples for target in targets)
     points = [
         point_of(target, run, options, count) for target, run in zip(targets, (options.a, options.b), strict=True)
@@ -44,11 +45,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def require_one_reference(targets: Sequence[Target], runs: Sequence[str]) -> None:
+    """PipelineError for numbers that would not compare: those of other data or of other networks."""
+    a, b = ({space: known.key for space, known in target.evaluator.references.items()} for target in targets)
+    if a != b:
+        slots = " and ".join(f"{run} in slot {target.names['slot']}" for run, target in zip(runs, targets, strict=True))
+        raise PipelineError(
+            f"{slots} are measured against different references; name the same slot for a folder with --slot"
+        )
+
+
 def point_of(target: Target, run: str, options: argparse.Namespace, count: int) -> Point:
     """What to measure of one of the two."""
     subject = target.subject
-    if count > len(subject):
-        raise PipelineError(f"{run}: holds {len(subject)} images, {count} are asked for; lower --samples")
+    target.check_samples(run, count)
     if subject.is_folder:
         return Point(REPORT, 0, None, count, 0)
     steps = options.steps or min(subject.steps)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.params import PretrainedVae, Scale, Slot
+from pipeline.autoencoders import PretrainedVae
+from pipeline.params import Scale, Slot
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
@@ -249,6 +250,11 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
         others = sum(scale != 1 for scale in plan.guidance)
         unguided += plan.select_samples
         guided += others * plan.select_samples + min(len(plan.spaces), others) * reported
+    training = student or slot.teacher_for(axes["size"])
+    if training.snapshots:  # other averages are measured in full, earlier checkpoints on one set
+        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples
+        averages = 1 + sum(width != training.ema_sigma_rel for width in plan.averages)
+        unguided, guided = averages * unguided + earlier, averages * guided + (earlier if guided else 0)
     if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
         passes, images = steps * (unguided + 2 * guided), unguided + guided

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,13 @@ class Check:
 def main(argv: Sequence[str]) -> int:
     """Prints one line for each check; exit status 1 when something that is needed is missing."""
     parser = Parser(prog="python -m pipeline doctor", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="compare versions only, import nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="compare versions and sizes only: import nothing, read no large file"
+    )
+    parser.add_argument("--scale", help="of params.yaml, whose weights files are looked for (default: the active one)")
     options = parser.parse_args(list(argv))
     failed = 0
-    for check in checks(options.quick):
+    for check in checks(options.quick, options.scale):
         word = "ok" if check.ok else "optional" if check.optional else "missing"
         failed += not check.ok and not check.optional
         print(f"{word:8}  {check.what}{f': {check.detail}' if check.detail else ''}", flush=True)
@@ -57,20 +60,21 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def checks(quick: bool) -> Iterator[Check]:
+def checks(quick: bool, scale: str | None) -> Iterator[Check]:
     """All checks, the quick ones first."""
     yield python()
     yield from requirements(quick)
     yield from tools()
     yield from folders()
-    yield from guarded("parameters", parameters)
-    yield from guarded("tracking store", tracking)
+    yield from guarded("parameters", lambda: [parameters()])
+    yield from guarded("weights", lambda: weights(quick, scale))
+    yield from guarded("tracking store", lambda: [tracking()])
 
 
-def guarded(what: str, check: Callable[[], Check]) -> Iterator[Check]:
-    """A check whose own error message is the remedy."""
+def guarded(what: str, some: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    """Checks whose own error message is the remedy."""
     try:
-        yield check()
+        yield from some()
     except PipelineError as error:
         yield Check(what, False, remedy=str(error))
 
@@ -203,6 +207,36 @@ def parameters() -> Check:
 
     params = load(paths.root() / PARAMS_FILE)
     return Check("parameters", True, f"{PARAMS_FILE}, scales {', '.join(params.scales)}, active {params.scale}")
+
+
+def weights(quick: bool, scale: str | None) -> Iterator[Check]:
+    """The published weights files that the feature spaces of a scale need: there, and the right bytes (`quick`: the right size)."""
+    from pipeline.files import sha256_file
+    from pipeline.params import PARAMS_FILE, load
+    from pipeline.spaces import SPACES
+    from scm_core.published import WEIGHTS, WEIGHTS_HOME
+
+    params = load(paths.root() / PARAMS_FILE, scale)
+    slots = params.scales[params.scale].slots.values()
+    for space in dict.fromkeys(space for slot in slots for space in slot.evaluation.spaces):
+        known = WEIGHTS.get(SPACES[space].extractor)
+        if known is None:
+            continue
+        path = WEIGHTS_HOME.folder / known.file
+        what, source = f"weights of {space}", f"{known.urls[0]} ({known.size / 1e6:.0f} MB, SHA-256 {known.sha256})"
+        if not path.is_file():
+            remedy = (
+                f"put {known.file} there, from {source}; or name the folder that has it in {WEIGHTS_HOME.variable}; where there is "
+                "internet the first job that needs it fetches it"
+            )
+            yield Check(what, False, f"{path} is not there", remedy)
+            continue
+        size = path.stat().st_size
+        right = size == known.size and (quick or sha256_file(path) == known.sha256)
+        wrong = "damaged or another file" if size == known.size else f"{size} bytes, {known.size} expected"
+        yield Check(
+            what, right, f"{path}{'' if right else f': {wrong}'}", f"remove it and put the one from {source} there"
+        )
 
 
 def tracking() -> Check:

@@ -44,16 +44,19 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     if options.output and options.output.suffix not in (".csv", ".parquet"):
         raise PipelineError(f"{options.output}: expected a file that ends in .csv or .parquet")
+    if options.output and not options.output.parent.is_dir():
+        raise PipelineError(f"{options.output}: there is no folder {options.output.parent}; make it first")
     if options.sets < 1:
         raise PipelineError(f"--sets: must be at least 1, got {options.sets}")
-    for name, read in LISTS.items():
+    for name, parse in LISTS.items():
         text = getattr(options, name)
-        setattr(options, name, None if text is None else read(text, f"--{name}"))
+        setattr(options, name, None if text is None else parse(text, f"--{name}"))
     asked = Asked(load(paths.root() / PARAMS_FILE, options.scale), options)
-    rows = [row for run in options.runs for row in measure(asked, run, options)]
+    from pipeline.results import merge, read, shown, without_repetition
 
-    from pipeline.results import merge, shown
-
+    if options.output and options.output.exists():
+        read(options.output)  # what is no such file is better known before an hour of sampling
+    rows = without_repetition([row for run in options.runs for row in measure(asked, run, options)])
     print(shown(rows, asked.columns))
     if options.output:
         merge(rows, options.output, paths.evaluation_cache(asked.params.scale) / "locks")
@@ -97,8 +100,7 @@ def points(target: Target, run: str, options: argparse.Namespace) -> list[Point]
         if options.sets > 1:
             raise PipelineError(f"--sets: {run} is a folder of images, one set; leave it out")
         count = len(subject) if options.samples is None else options.samples
-        if count > len(subject):
-            raise PipelineError(f"{run}: holds {len(subject)} images, {count} are asked for with --samples")
+        target.check_samples(run, count)
         return [Point(REPORT, 0, None, count, 0)]
     steps = options.steps or subject.steps
     for n in steps:
@@ -108,8 +110,7 @@ def points(target: Target, run: str, options: argparse.Namespace) -> list[Point]
     scales = options.guidance or how.guidance if subject.guidable else [None]
     target.check_guidance(run, options.guidance or ())
     samples = options.samples or how.samples
-    if samples <= how.neighbours:
-        raise PipelineError(f"--samples: must be above evaluation.neighbours ({how.neighbours}), got {samples}")
+    target.check_samples(run, samples)
     first = how.report_seed if options.first is None else options.first
     firsts = [first + i * samples for i in range(options.sets)]
     averages = product(options.ema or [None], options.nimg or [None])

@@ -23,7 +23,7 @@ from pipeline.provenance import meaning_of
 from pipeline.spaces import load_extractor
 from pipeline.subjects import Subject, images_manifest
 from pipeline.sweep import Numbers, Point
-from scm_core.evaluate import Reference, load_reference
+from scm_core.evaluate import Reference, Subset, load_reference
 from scm_core.evaluate.extractors import Extractor
 from scm_core.evaluate.folder import ImageFolder
 from scm_core.evaluate.manifest import identities
@@ -150,16 +150,19 @@ def load_references(spaces: Sequence[str], folder: Path, dataset: str | None = N
     return {space: load_reference(folder / space, dataset=dataset) for space in spaces}
 
 
-def reference_of(path: Path, extractors: Mapping[str, Extractor], how: Evaluation, cache: Path) -> dict[str, Reference]:
+def reference_of(
+    path: Path, extractors: Mapping[str, Extractor], how: Evaluation, cache: Path, subset: Subset | None = None
+) -> dict[str, Reference]:
     """A reference in each space from a folder of PNG files."""
     folder = ImageFolder(path)
     manifest = images_manifest(folder, how.batch, identities(extractors))
     store = FeatureStore(cache / "features", manifest, len(folder), how.batch)
     store.fill(folder, extractors)
-    name = f"folder {path.name}"
+    name = f"folder {path.resolve().name}"
     references = {
-        space: make(store.features(space), name, folder.digest, extractor.identity)
+        space: make(store.parts(space), len(folder), name, folder.digest, extractor.identity, subset)
         for space, extractor in extractors.items()
     }
-    forget(store)
+    if not how.keep_features:
+        forget(store)
     return references

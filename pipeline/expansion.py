@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.autoencoders import PretrainedVae, described_by
-from pipeline.job import REPORT_SLOT, Axes, Point, table2_students
+from pipeline.job import REPORT_SLOT, Axes, Point, figure7_students, table2_students
 from pipeline.params import Params
 
 
@@ -56,9 +56,14 @@ def of_figure2(params: Params) -> Axes:
 
 
 def of_figure7(params: Params) -> Axes:
-    """Once, if a student of that slot is guided."""
+    """Once, if that slot has a student that it shows."""
     slot = params.active.slots.get(REPORT_SLOT)
-    return iter([{}] if slot and any(student.guidance for student in slot.students.values()) else [])
+    return iter([{}] if slot and any(figure7_students(slot, size) for size in slot.sizes) else [])
+
+
+def of_evaluations(params: Params) -> Axes:
+    """Once."""
+    return iter([{}])
 
 
 def of_figure3(params: Params) -> Axes:
@@ -85,6 +90,12 @@ def latents_keys(point: Point) -> tuple[str, ...]:
     return ("seed", ".sigma_data", *given)
 
 
+def reference_keys(point: Point) -> tuple[str, ...]:
+    """The feature spaces, and what draws a part of the images, where not all are compared pair by pair."""
+    drawn = ("seed", ".evaluation.manifold_images") if point.slot.evaluation.manifold_images else ()
+    return (*drawn, ".evaluation.spaces")
+
+
 def evaluations(point: Point) -> dict[str, Path]:
     """Every evaluation of a report's slot, as evaluate-<size>-<method>."""
     return {
@@ -94,12 +105,22 @@ def evaluations(point: Point) -> dict[str, Path]:
     }
 
 
+def every_evaluation(point: Point) -> dict[str, Path]:
+    """The evaluations of all models of all slots, as evaluate-<slot>-<size>-<method>."""
+    return {
+        "-".join(("evaluate", *axes.values())): Path(
+            "runs", point.params.scale, axes["slot"], "evaluate", axes["size"], axes["method"]
+        )
+        for axes in evaluated(point.params)
+    }
+
+
 def guided_evaluations(point: Point) -> dict[str, Path]:
-    """The evaluations of teachers and of the students with a guidance input, as evaluate-<size>-<method>."""
+    """The evaluations of teachers and of the students that Figure 7 shows, as evaluate-<size>-<method>."""
     return {
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
-        for size, declared in point.slot.sizes.items()
-        for method in ("teacher", *(name for name, student in declared.students.items() if student.guidance))
+        for size in point.slot.sizes
+        for method in ("teacher", *figure7_students(point.slot, size))
     }
 
 

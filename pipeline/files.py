@@ -15,10 +15,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+from scm_core.disk import canonical, replace_file, sync
+from scm_core.disk import file_digest as sha256_file
 
-def canonical(value: Any) -> str:
-    """JSON that is the same string for the same value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+__all__ = [
+    "Lock",
+    "canonical",
+    "fsync_tree",
+    "host",
+    "identify",
+    "is_alive",
+    "is_locked",
+    "read_json",
+    "replace_file",
+    "sha256_file",
+    "sha256_text",
+    "start_time",
+    "user",
+    "write_json",
+]
 
 
 def sha256_text(text: str) -> str:
@@ -26,27 +41,11 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Writes `value` to `path` atomically; `durable` also waits until it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name holds the pid: two processes that write one file (progress after a takeover) do not share a draft.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as f:
-            f.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-            if durable:
-                f.flush()
-                os.fsync(f.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode(), durable)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -62,11 +61,7 @@ def fsync_tree(folder: Path) -> None:
     """Waits until every file and folder below `folder` is on the disk."""
     for parent, _, names in os.walk(folder):
         for name in (*names, "."):
-            fd = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(Path(parent, name))
 
 
 class Lock:

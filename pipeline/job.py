@@ -21,6 +21,12 @@ def table2_students(slot: Slot, size: str) -> list[str]:
     return [name for name in ("scd", "sct") if name in slot.sizes[size].students]
 
 
+def figure7_students(slot: Slot, size: str) -> list[str]:
+    """The students that Figure 7 shows, of those that the slot trains at this size with guidance."""
+    trained = slot.sizes[size].students
+    return [name for name in ("scd", "vsd", "scd_vsd") if name in trained and trained[name].guidance]
+
+
 @dataclass(frozen=True)
 class Job:
     """One unit of work of one scale: a stage at one point of its axes. Paths are relative to the repository."""

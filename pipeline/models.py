@@ -95,6 +95,7 @@ class Slot(Model):
             if not any(student in size.students for size in self.sizes.values()):
                 what = "is a student of no size: name it in the students of one ({} changes nothing), or remove it"
                 raise problem(f"students.{student}", what)
+        self._check_snapshots()
         side = self.dataset.resolution
         self._check_vae()
         if (self.features is not None) != ("classifier" in self.evaluation.spaces):
@@ -158,9 +159,14 @@ class Slot(Model):
             raise problem(f"sizes.{size}.network.architecture", f"{what}, got {network.architecture}")
         sections: dict[str, Training] = {"teacher": self.teacher_for(size)}
         sections |= {f"students.{name}": student for name, student in self.sizes[size].students.items()}
+        engine = self.sizes[size].engine
+        parts = engine.processes * engine.accumulation
         for key, section in sections.items():
             if section.dropout and network.architecture == "diffusers" and key != "teacher":
                 raise problem(f"{key}.dropout", "must be 0 for a network of diffusers, which has its own")
+            if section.batch < parts:
+                what = f"must be at least {parts}, the parts that the engine of size {size} takes a batch in (processes · accumulation)"
+                raise problem(f"sizes.{size}.{key}.batch", f"{what}, got {section.batch}")
             if section.dropout_resolution is not None and network.architecture == "small":
                 raise problem(f"{key}.dropout_resolution", "must be null for a small network, which has one resolution")
             if getattr(section, "tangent_engine", None) == "func" and getattr(network, "checkpointing", False):
@@ -185,6 +191,26 @@ class Slot(Model):
     def vae_sizes(self) -> Sizes | None:
         """What the networks depend on of the VAE; None for pixel data."""
         return None if self.vae is None else self.vae.sizes(self.dataset.channels)
+
+    def _check_snapshots(self) -> None:
+        """Other averages and earlier checkpoints are made of snapshots, which a training keeps every so many iterations."""
+        how, kept = self.evaluation, False
+        for size, declared in self.sizes.items():
+            sections: dict[str, Training] = {"teacher": declared.teacher}
+            sections |= {f"students.{name}": student for name, student in declared.students.items()}
+            for key, section in sections.items():
+                if section.snapshots is None:
+                    continue
+                kept, every = True, section.snapshots.every
+                if wrong := [n for n in how.checkpoints if n % every]:
+                    what = f"must be multiples of {key}.snapshots.every ({every} for size {size})"
+                    raise problem("evaluation.checkpoints", f"{what}, got {wrong[0]}")
+                if how.averages and section.iterations % every:
+                    what = f"need a snapshot at the end: {key}.iterations ({section.iterations} for size {size}) must be a multiple of"
+                    raise problem("evaluation.averages", f"{what} its snapshots.every ({every})")
+        for name in ("averages", "checkpoints"):
+            if getattr(how, name) and not kept:
+                raise problem(f"evaluation.{name}", "needs a training that keeps snapshots: add `snapshots` to one")
 
     @property
     def item_resolution(self) -> int:

@@ -118,6 +118,7 @@ def explain(error: OSError, start: str) -> str:
 
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     where = f" {paths.relative(named)}" if named else ""
+    start = start if named else start.removesuffix(":")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         disk = next((folder for folder in (named.parents if named else ()) if folder.exists()), Path.cwd())
         free = shutil.disk_usage(disk).free / 2**20

@@ -80,7 +80,7 @@ _DECLARED = (
         axes=("slot",),
         expand=expansion.slots,
         inputs=lambda p: {**p.inputs("dataset"), **p.features()},
-        params=lambda p: (".evaluation.spaces",),
+        params=expansion.reference_keys,
         cost=costs.reference,
     ),
     Stage(
@@ -159,6 +159,16 @@ _DECLARED = (
         params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
         cost=costs.figure,
         reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),
+    ),
+    Stage(
+        "evaluations",
+        "every measured point of the scale in one file",
+        axes=(),
+        expand=expansion.of_evaluations,
+        inputs=expansion.every_evaluation,
+        params=lambda p: (),
+        cost=costs.report,
+        reports=(REPORTS / "evaluations.csv",),
     ),
 )
 STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})

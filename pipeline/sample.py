@@ -35,15 +35,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     params = load(paths.root() / PARAMS_FILE, options.scale)
     job = find_trained(options.run, params)
+    require_result(options.run, job)
     folder = paths.root() / job.outputs[0]
-    made = manifest.read(folder / paths.MANIFEST)
-    if made is None:
-        raise PipelineError(f"{options.run}: not trained yet; run it with: {job.command}")
-    meant = RUN_ID.fullmatch(options.run)
-    if meant and meant[1] == job.name and options.run != made.get("run"):
-        raise PipelineError(
-            f"{options.run}: this run's result is not here any more; {job.outputs[0]} holds {made.get('run')}"
-        )
     if options.rows < 1 or options.seed < 0:
         raise PipelineError("--rows must be at least 1 and --seed at least 0")
     draw(job, params, folder, Path(options.output), options.guidance, options.steps, options.rows, options.seed)
@@ -59,6 +52,18 @@ def find_trained(name: str, params: Params) -> Job:
         if job.name in (name, of_run and of_run[1]) or Path(name) in (job.outputs[0], paths.root() / job.outputs[0]):
             return job
     raise PipelineError(f"{name}: no teacher or student of scale {params.scale}; {suggestion(name, trained, 'models')}")
+
+
+def require_result(name: str, job: Job) -> None:
+    """PipelineError unless the job that `find_trained` found is done, by the run that was meant, and its files are as they were made."""
+    made = manifest.read(paths.root() / job.outputs[0] / paths.MANIFEST)
+    if made is None:
+        raise PipelineError(f"{name}: not trained yet; run it with: {job.command}")
+    meant = RUN_ID.fullmatch(name)
+    if meant and meant[1] == job.name and name != made.get("run"):
+        raise PipelineError(f"{name}: this run's result is not here any more; {job.outputs[0]} holds {made.get('run')}")
+    if wrong := manifest.fault(job, made):
+        raise PipelineError(f"{wrong}; make it again with: {job.command}, then `make sync`")
 
 
 def draw(

@@ -176,6 +176,11 @@ class TeacherSampling(Model):
 Space = Literal["classifier", "inception", "dinov2"]
 
 
+def absent(value: Any) -> bool:
+    """Whether an optional key says nothing: results are then known by the same name as before there was such a key."""
+    return value in (None, ())
+
+
 class Evaluation(Model):
     spaces: Annotated[tuple[Space, ...], Strict(False), Field(min_length=1)]
     """Networks whose features are compared: the slot's own classifier or Inception (FID), DINOv2 (FD-DINOv2). Each selects its guidance."""
@@ -193,6 +198,12 @@ class Evaluation(Model):
     """Reported sets, one behind the other; several give a standard deviation over seeds."""
     groups: Annotated[int, Field(ge=0, le=100)]
     """Groups of samples left out in turn for the standard errors of precision and recall; 0: no errors."""
+    averages: Annotated[tuple[Width, ...], Strict(False)] = Field((), exclude_if=absent)
+    """Other relative widths of the average, each swept like the published one, of trainings that keep `snapshots`."""
+    checkpoints: Annotated[tuple[Count, ...], Strict(False)] = Field((), exclude_if=absent)
+    """Iterations, ascending, after which these trainings are measured, too (Figure 5): one reported set at the selected scale and at 1."""
+    manifold_images: Count | None = Field(None, exclude_if=absent)
+    """Reference images, drawn at random, that precision, recall, density, coverage and KID compare with; null: all, as FID always does."""
     teacher: TeacherSampling
     t_mid: Annotated[float, Field(gt=0, lt=math.pi / 2)]
     """Time (radians) of the second step of consistency sampling."""
@@ -211,6 +222,14 @@ class Evaluation(Model):
             raise problem("guidance", f"must ascend without repetition, got {list(self.guidance)}")
         if 1.0 not in self.guidance:
             raise problem("guidance", f"must contain 1.0 (no guidance), got {list(self.guidance)}")
+        if any(a >= b for a, b in pairwise(self.checkpoints)):
+            raise problem("checkpoints", f"must ascend without repetition, got {list(self.checkpoints)}")
+        if len(set(self.averages)) < len(self.averages):
+            raise problem("averages", f"must name each width once, got {list(self.averages)}")
+        if self.manifold_images is not None and self.manifold_images <= self.neighbours:
+            raise problem(
+                "manifold_images", f"must be above neighbours ({self.neighbours}), got {self.manifold_images}"
+            )
         if self.select_samples > self.samples:
             raise problem("select_samples", f"must be at most samples ({self.samples}), got {self.select_samples}")
         if len(set(self.spaces)) < len(self.spaces) or {"classifier", "inception"} <= set(self.spaces):

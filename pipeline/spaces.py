@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.sections import Evaluation
     from scm_core.evaluate.extractors import Extractor
+    from scm_core.evaluate.reference import Subset
 
 
 class Space(NamedTuple):
@@ -25,6 +27,14 @@ SPACES: Mapping[str, Space] = {
     "inception": Space("inception-v3-compat", "fid"),
     "dinov2": Space("scm-dinov2-vit-l-14", "fd_dinov2"),
 }
+
+
+def subset_of(how: Evaluation, seed: int) -> Subset | None:
+    """The reference images that are compared pair by pair, where that is not all."""
+    from scm_core.evaluate.reference import Subset
+    from scm_core.seeds import derive_seed
+
+    return Subset(how.manifold_images, derive_seed(seed, "reference")) if how.manifold_images else None
 
 
 def load_extractor(space: str, inputs: Mapping[str, Path], device: torch.device | None = None) -> Extractor:

@@ -75,6 +75,7 @@ class ModelSubject:
     ) -> None:
         self.slot, self.how, self.device = slot, slot.evaluation, device or torch.device("cpu")
         self.student = student_of_job(slot, size, method)
+        self.training = self.student or slot.teacher_for(size)
         self.folder = inputs["student" if self.student else "teacher"]
         self.model: Model = load_model(self.folder / MODEL)
         self.model.net.to(self.device)
@@ -96,6 +97,24 @@ class ModelSubject:
     @property
     def guidance_range(self) -> tuple[float, float] | None:
         return self.student.guidance if self.student else None
+
+    @property
+    def averages(self) -> list[float]:
+        """The relative widths of other averages that params.yaml asks for; none of a training that keeps no snapshots."""
+        known = self.training.ema_sigma_rel
+        return [width for width in self.how.averages if width != known] if self.training.snapshots else []
+
+    @property
+    def checkpoints(self) -> list[tuple[float, int]]:
+        """Width and images seen of the earlier checkpoints that params.yaml asks for; none of a training that keeps no snapshots.
+
+        The width is the published average's, or where that has none (a half-life) the first of the snapshots'.
+        """
+        training = self.training
+        if training.snapshots is None:
+            return []
+        width = training.ema_sigma_rel or training.snapshots.sigma_rel[0]
+        return [(width, n * training.batch) for n in self.how.checkpoints if n < training.iterations]
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -194,7 +213,7 @@ class FolderSubject:
 
     def __init__(self, path: Path) -> None:
         self.folder = ImageFolder(path)
-        self.name = str(path)
+        self.name, self.size = str(path), self.folder.shape[1:]
 
     def __len__(self) -> int:
         return len(self.folder)

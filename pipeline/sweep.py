@@ -63,20 +63,32 @@ class Plan:
     select: tuple[int, int]  # samples, first index
     report_samples: int
     reports: Sequence[int]
+    averages: Sequence[float] = ()
+    """Relative widths of other averages of the finished training: measured in full, as the published one is."""
+    checkpoints: Sequence[tuple[float, int]] = ()
+    """Width and images seen of earlier checkpoints: one reported set at the scales at which the published average is reported."""
 
     @classmethod
-    def of(cls, how: Evaluation, steps: Sequence[int], guidable: bool) -> Plan:
+    def of(
+        cls,
+        how: Evaluation,
+        steps: Sequence[int],
+        guidable: bool,
+        averages: Sequence[float] = (),
+        checkpoints: Sequence[tuple[float, int]] = (),
+    ) -> Plan:
         """As params.yaml has it."""
         reports = [how.report_seed + i * how.samples for i in range(how.report_sets)]
         grid = how.guidance if guidable else None
-        return cls(steps, grid, (how.select_samples, how.select_seed), how.samples, reports)
+        return cls(steps, grid, (how.select_samples, how.select_seed), how.samples, reports, averages, checkpoints)
 
     def most_samples(self, spaces: int = 1) -> int:
         """The most samples that it may ask for, for a progress display: each space may select a scale of its own."""
-        report = self.report_samples * len(self.reports)
-        if self.grid is None:
-            return len(self.steps) * report
-        return len(self.steps) * (len(self.grid) * self.select[0] + min(spaces + 1, len(self.grid)) * report)
+        scales = 1 if self.grid is None else min(spaces + 1, len(self.grid))
+        selected = 0 if self.grid is None else len(self.grid) * self.select[0]
+        whole = selected + scales * self.report_samples * len(self.reports)
+        earlier = scales * self.report_samples * len(self.checkpoints)
+        return len(self.steps) * ((1 + len(self.averages)) * whole + earlier)
 
 
 Numbers = Mapping[str, Mapping[str, Any]]  # by space
@@ -84,8 +96,10 @@ Measure = Callable[[Point], Numbers]
 
 
 def sweep(plan: Plan, spaces: Sequence[str], measure: Measure) -> list[dict]:
-    """All rows of one model. Each space has its best scale, that of the lowest distance on the selecting set, for each number of steps."""
+    """All rows of one model. Each space has its best scale, that of the lowest distance on the selecting set, for each number of steps
+    and each average."""
     rows: list[dict] = []
+    published: dict[int, tuple[Mapping[str, float | None], Iterable[float | None]]] = {}
 
     def add(point: Point, best: Mapping[str, float | None] | None) -> Numbers:
         results = measure(point)
@@ -94,17 +108,25 @@ def sweep(plan: Plan, spaces: Sequence[str], measure: Measure) -> list[dict]:
             rows.append({**asdict(point), "space": space, "best": chosen, **results[space]})
         return results
 
-    for n in plan.steps:
-        best: Mapping[str, float | None] = dict.fromkeys(spaces)
-        scales: Iterable[float | None] = [None]
-        if plan.grid is not None:
-            results = {s: add(Point(SELECT, n, s, *plan.select), None) for s in plan.grid}
-            chosen = {space: lowest(results, space) for space in spaces}
-            best, scales = chosen, sorted({1.0, *chosen.values()})
-        for s in scales:
-            first = Point(REPORT, n, s, plan.report_samples, plan.reports[0])
-            for index in plan.reports:
-                add(replace(first, first_index=index), best)
+    for ema in (None, *plan.averages):
+        for n in plan.steps:
+            best: Mapping[str, float | None] = dict.fromkeys(spaces)
+            scales: Iterable[float | None] = [None]
+            if plan.grid is not None:
+                results = {s: add(Point(SELECT, n, s, *plan.select, ema), None) for s in plan.grid}
+                chosen = {space: lowest(results, space) for space in spaces}
+                best, scales = chosen, sorted({1.0, *chosen.values()})
+            if ema is None:
+                published[n] = best, scales
+            for s in scales:
+                first = Point(REPORT, n, s, plan.report_samples, plan.reports[0], ema)
+                for index in plan.reports:
+                    add(replace(first, first_index=index), best)
+    for width, nimg in plan.checkpoints:
+        for n in plan.steps:
+            best, scales = published[n]
+            for s in scales:
+                add(Point(REPORT, n, s, plan.report_samples, plan.reports[0], width, nimg), best)
     return rows
 
 
@@ -114,7 +136,7 @@ def lowest(results: Mapping[float, Numbers], space: str) -> float:
 
 
 def reported(rows: Iterable[Mapping], distances: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """What stands for a model, by number of steps: its distances at the selected scale, and those without guidance beside them.
+    """What stands for a model as published, by number of steps: its distances at the selected scale, and those without guidance.
 
     `distances` names each space's. Of several sets the mean stands, with their standard deviation (`…_sd`) and, said to be that, the
     minimum (`…_min`): it lies below the mean by 0.85 standard deviations for three sets.
@@ -122,7 +144,7 @@ def reported(rows: Iterable[Mapping], distances: Mapping[str, str]) -> dict[str,
     found: dict[str, dict[str, float]] = {}
     groups: dict[tuple, list[Mapping]] = {}
     for row in rows:
-        if row["phase"] == REPORT:
+        if row["phase"] == REPORT and row["ema"] is None and row["nimg"] is None:
             groups.setdefault((row["steps"], row["space"], row["guidance"], row["best"]), []).append(row)
     for (steps, space, guidance, best), sets in groups.items():
         entry, name = found.setdefault(f"{steps}-step", {}), distances[space]

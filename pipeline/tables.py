@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.paths import FACTS, FLOOR, SWEEP
+from pipeline.files import read_json
+from pipeline.params import Slot
+from pipeline.paths import FACTS, FLOOR, MANIFEST, SWEEP
 from pipeline.sweep import REPORT, mean_of
 
 TABLE2_COLUMNS = [
@@ -26,6 +28,12 @@ TABLE2_COLUMNS = [
     "samples",
     "run",
 ]
+FEATURES = {
+    "classifier": "the features of a small classifier, not in Inception's",
+    "inception": "Inception's features",
+    "dinov2": "DINOv2's features",
+}
+PUBLISHED = ("imagenet", 512, "inception")  # what Table 2 was measured on
 METHOD_NAMES = {"teacher": "teacher", "sct": "sCT", "scd": "sCD"}
 SECTIONS = {
     "teacher": "Teacher diffusion model (TrigFlow)",
@@ -43,9 +51,39 @@ def format_count(parameters: int) -> str:
 
 
 def read_evaluation(folder: Path) -> tuple[pd.DataFrame, dict]:
-    """The points of an evaluation in the space of FID, and the facts about it."""
+    """The points of an evaluation of the published average in the space of FID, and the facts about it."""
     sweep = pd.read_csv(folder / SWEEP)
-    return sweep[sweep.space != "dinov2"], json.loads((folder / FACTS).read_text())
+    return sweep[(sweep.space != "dinov2") & sweep.ema.isna() & sweep.nimg.isna()], json.loads(
+        (folder / FACTS).read_text()
+    )
+
+
+def measured_points(folder: Path, scale: str, name: str) -> pd.DataFrame:
+    """Every row of one evaluation, digits as they are, with the model and what it was measured with in front.
+
+    `name` is evaluate-<slot>-<size>-<method>. `model_sha256` and `reference_sha256` are the digests of their manifests, which hold those
+    of every file; `key` in the row names the samples.
+    """
+    _, slot, size, method = name.split("-")
+    facts, made = json.loads((folder / FACTS).read_text()), read_json(folder / MANIFEST) or {}
+    inputs = made.get("inputs", {})
+    model, reference = inputs.get("teacher" if method == "teacher" else "student", {}), inputs.get("reference", {})
+    own = {
+        "scale": scale,
+        "slot": slot,
+        "size": size,
+        "method": method,
+        "run": facts["run"],
+        "model": facts["model_run"],
+        "model_sha256": model.get("digest"),
+        "dataset": facts["dataset"],
+        "reference": reference.get("run"),
+        "reference_sha256": reference.get("digest"),
+        "reference_images": facts["reference_images"],
+    }
+    # As text: a key of decimal digits must not become a number, nor a number lose its last digit.
+    rows = pd.read_csv(folder / SWEEP, dtype=str, keep_default_na=False).to_dict("records")
+    return pd.DataFrame([{**own, "features": facts["features"][row["space"]], **row} for row in rows])
 
 
 def best_guidance(folder: Path, steps: int) -> float | None:
@@ -92,6 +130,16 @@ def table2(paper: Path, ours: list[dict[str, str]]) -> pd.DataFrame:
         kept = {key: row[key] for key in ("section", "method", "nfe", "fid", "params")}
         rows.append({**kept, "size": size[1] if size else "", **PAPER_SETTING})
     return pd.DataFrame(rows + ours, columns=TABLE2_COLUMNS).fillna("")
+
+
+def measured_note(slot: Slot) -> str:
+    """What our rows compare with: the published ones only where they were measured in Inception's features, on the paper's data."""
+    measured = (slot.dataset.source, slot.dataset.resolution, slot.evaluation.spaces[0])
+    source, side, space = measured
+    where = f"Rows headed *Ours* were measured on {source} ({side} × {side}) in {FEATURES[space]}"
+    if measured == PUBLISHED:
+        return f"{where}, as the published ones."
+    return f"{where}: they compare with each other, not with the published rows."
 
 
 def floor_note(folder: Path) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of a job's unfinished work when parameters, inputs or code are no longer those that it was begun with.
 
-A training is not continued with others unless params.yaml says `resume: {allow_changes: true}`. What is no training (an evaluation's
-points) is set aside if parameters or inputs changed, and goes on with other code, whose points are measured again.
+A training is not continued with others unless params.yaml says `resume: {allow_changes: true}`. What is no training is set aside if
+parameters or inputs changed, and goes on with other code, with a warning. (Evaluations leave nothing here: what they measured is found in
+their cache, under keys that hold the meaning of the code.)
 """
 
 import shutil
@@ -40,7 +41,7 @@ def check(job: "Job", params: "Params", mark: str, inputs: Mapping[str, manifest
         code = f"code {describe(tries[-1])} → {describe(code_state())}"
         if not trained:
             warn(
-                f"{job.name}: what it has so far was made by other code ({code}): an evaluation measures its points again"
+                f"{job.name}: what it has so far was made by other code ({code}); remove {paths.relative(folder)} to start over"
             )
         else:
             found.append(code)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, their digests, and an operating system's errors as sentences with a remedy."""
+"""Files that are whole or not there, their digests, canonical JSON, and an operating system's errors as sentences with a remedy.
+
+It imports the standard library alone, so that processes that have to stay small may import it.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there"),
@@ -31,6 +36,11 @@ def failure(path: Path, error: OSError, doing: str, stays: str) -> StoreError:
     """An operating system's error as one sentence: what failed, why, the remedy, and what is not lost."""
     remedy = REMEDIES.get(error.errno or 0, "look after the disk")
     return StoreError(f"{path}: {doing} failed: {error.strerror or error}; {remedy} and start again: {stays}")
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same string for the same value: sorted keys, no spaces; ValueError for NaN or an infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def file_digest(path: Path) -> str:

@@ -112,14 +112,21 @@ def test_rows_of_an_earlier_run_keep_what_they_were_measured_on(monkeypatch: pyt
 
 
 def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = benchmark("bench_evaluation", monkeypatch)
+    evaluation = benchmark("page_evaluation", monkeypatch)
     full = evaluation.FULL
     assert evaluation.by_line([(10, 5 + 20), (20, 5 + 40)]) == pytest.approx(5 + 2 * full)
     assert evaluation.by_square([(10, 20 + 300), (20, 40 + 1200)]) == pytest.approx(2 * full + 3 * full**2)
     assert evaluation.by_parabola([(n, 1 + 2 * n + 3 * n**2) for n in (10, 15, 20)]) == pytest.approx(
         1 + 2 * full + 3 * full**2
     )
-    on = {"device": "C", "cores": 2, "load": 0.1, "torch": "2", "packages": {"torch-fidelity": "0.4.0"}}
+    on = {
+        "device": "C",
+        "cores": 2,
+        "load": 0.1,
+        "torch": "2",
+        "packages": {"torch-fidelity": "0.4.0"},
+        "bfloat16": False,
+    }
 
     def page(theirs: float, exact: float, slope: float) -> str:
         seconds = {"ours": 1.0, "prepared": 0.5, "torch-fidelity": theirs}
@@ -145,7 +152,7 @@ def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyP
 
     good = page(theirs=4.0, exact=0.0, slope=30.0)
     assert "**4.0 times faster** (target 3: met)" in good
-    assert "**4.0** at 2,000, **4.0** at 5,000, 4.0 at 50,000 (target 4 where it was measured: met;" in good
+    assert "**4.0** at 2,000, **4.0** at 5,000, 4.0 at 50,000 (target 4: met at 2,000, met at 5,000);" in good
     assert "prdc was not installed" in good
     assert "to the last sample" in good
     # 50,000: once 1 + 2500 − 1250, each 1 + 1250, theirs 1 + 10,000
@@ -155,8 +162,8 @@ def test_the_evaluation_page_extrapolates_and_judges(monkeypatch: pytest.MonkeyP
     assert "Not measured: there was no GPU." in good
     bad = page(theirs=2.0, exact=1e-3, slope=31.0)
     assert "(target 3: missed)" in bad
-    assert "(target 4 where it was measured: missed;" in bad
-    assert "float64 at 2,000 and 5,000: **NOT**." in bad
+    assert "(target 4: missed at 2,000, missed at 5,000);" in bad
+    assert "float64 at 2,000, 5,000: **NOT**." in bad
     assert "Target 1.5 GB: missed." in bad
     assert "(target 2 s: missed)" in evaluation.gpu_page({"on": on, "once_s": 1.0, "seconds": 2.1, "peak_gb": 3.0})[2]
 
@@ -180,3 +187,24 @@ def test_the_page_of_encoding_judges_the_median_round(whole: float, word: str, m
     assert f"| Net | 100.0 ms | {100 * whole:.1f} ms | {whole - 1:.1%} (" in page
     assert f"| 5 %: {word} | 0.20 ms (0.2%) | 0.10 ms |" in page
     assert "| None | – | – | – | – | 0.20 ms | 0.10 ms |" in page
+
+
+def test_the_page_of_data_judges_every_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = benchmark("bench_data", monkeypatch)
+
+    def rate(per_second: float) -> dict[str, Any]:
+        return {"per_second": per_second, "range": [per_second, per_second], "megabytes_from_disk": 1.0}
+
+    section = {
+        "count": 10,
+        "batch": 5,
+        "megabytes": {"store": 1.0, "zip": 1.0, "webdataset": 1.0},
+        "warm": {"store": rate(1000.0), "zip": rate(200.0), "webdataset": rate(501.0)},
+        "cold": {"store": rate(1000.0), "zip": rate(201.0), "webdataset": rate(500.0)},
+        "disk_per_second": 1200.0,
+    }
+    known = dict.fromkeys(("processor", "python", "torch", "numpy", "pillow", "webdataset"), "x")
+    page = data.markdown({"machine": known, "sections": {"images": section, "latents": section}})
+    assert page.count("| files in a ZIP | 5× | 5.0× met | 5.0× **missed** |") == 2
+    assert page.count("| webdataset | 2× | 2.0× **missed** | 2.0× met |") == 2
+    assert page.count("| the disk, in order | | | 1,200 | |") == 2

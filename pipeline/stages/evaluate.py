@@ -22,7 +22,7 @@ def run(ctx: Context) -> None:
         subject = ModelSubject(slot, axes["size"], axes["method"], ctx.inputs, ranks.device)
         data = slot.dataset.wanted().name
         references = load_references(how.spaces, ctx.inputs["reference"], data)
-        plan = Plan.of(how, subject.steps, subject.guidable)
+        plan = Plan.of(how, subject.steps, subject.guidable, subject.averages, subject.checkpoints)
         progress, before = ctx.progress(plan.most_samples(len(how.spaces)), "img"), 0
 
         def shown(done: int) -> None:
@@ -53,11 +53,13 @@ def run(ctx: Context) -> None:
         "params": count_parameters(subject.model.net),
         "dataset": first.dataset,
         "reference_images": first.count,
+        **({"manifold_images": len(first.features)} if first.subset else {}),
         "reported": reported(rows, {space: SPACES[space].distance for space in how.spaces}),
         "features": {space: f"{r.extractor} ({r.features.shape[1]}-d)" for space, r in references.items()},
     }
     (ctx.out / paths.FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-    for row in table[(table.phase == REPORT) & table.best].itertuples():
+    published = table[table.ema.isna() & table.nimg.isna()]
+    for row in published[(published.phase == REPORT) & published.best].itertuples():
         name = f"{SPACES[row.space].distance}.{row.steps}-step.guidance-{row.guidance}"
         ctx.tracker.set_tag(name, f"{row.fid:.4f} ± {row.fid_se:.4f}")
     ctx.tracker.log_artifact(ctx.out / paths.SWEEP)
@@ -66,6 +68,7 @@ def run(ctx: Context) -> None:
 def track(ctx: Context, point: Point, results: Numbers) -> None:
     """Numbers of a point as metrics, over the guidance scale: MLflow's steps are whole numbers, so in hundredths of it."""
     for space, found in results.items():
-        name = f"{point.phase}/{point.steps}-step/{space}"
+        variant = "".join(f"/{axis}-{value}" for axis in ("ema", "nimg") if (value := getattr(point, axis)) is not None)
+        name = f"{point.phase}/{point.steps}-step/{space}{variant}"
         values = {f"{name}/{key}": found[key] for key in NUMBERS if found[key] is not None}
         ctx.tracker.log_metrics(round(100 * (point.guidance or 1.0)), values)

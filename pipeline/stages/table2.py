@@ -4,7 +4,7 @@
 from pipeline import paths
 from pipeline.context import Context
 from pipeline.job import REPORT_SLOT
-from pipeline.tables import METHOD_NAMES, floor_note, our_rows, table2, to_markdown
+from pipeline.tables import METHOD_NAMES, floor_note, measured_note, our_rows, table2, to_markdown
 
 
 def run(ctx: Context) -> None:
@@ -19,11 +19,9 @@ def run(ctx: Context) -> None:
     table.to_csv(ctx.out / "table2.csv", index=False)
     how = slot.evaluation
     grid = ", ".join(f"{scale:g}" for scale in how.guidance)
-    side = slot.dataset.resolution
     sets = f", the mean of {how.report_sets} sets" if how.report_sets > 1 else ""
     notes = [
-        f"Rows headed *Ours* were measured on {slot.dataset.source} ({side} × {side}) in the features of a small "
-        "classifier, not in Inception's: they compare with each other, not with the published rows.",
+        measured_note(slot),
         "",
         f"FID ± standard error of {how.samples} samples against the training images{sets}; guidance chosen on "
         f"{how.select_samples} other samples from {grid}. The error is that of independent samples, an upper estimate "

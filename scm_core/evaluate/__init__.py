@@ -11,16 +11,8 @@ from scm_core.evaluate.manifold import (
     precision_recall,
 )
 from scm_core.evaluate.moments import Moments
-from scm_core.evaluate.protocol import (
-    Evaluation,
-    Prepared,
-    Reference,
-    evaluate,
-    extract,
-    load_reference,
-    make_reference,
-    to_uint8,
-)
+from scm_core.evaluate.protocol import Evaluation, evaluate, extract, make_reference, to_uint8
+from scm_core.evaluate.reference import Prepared, Reference, Subset, load_reference
 
 __all__ = [
     "Evaluation",
@@ -31,6 +23,7 @@ __all__ = [
     "PrecisionRecall",
     "Prepared",
     "Reference",
+    "Subset",
     "evaluate",
     "extract",
     "frechet_distance",

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from scm_core.disk import canonical
+
 
 class Identity(Protocol):
     """What says which extractor it is: weights' hash, layer, preprocessing, dtype."""
@@ -32,12 +34,12 @@ class FeatureExtractor(Protocol):
         """Features (B, D) of a batch."""
 
 
-def canonical(value: Any) -> str:
-    """JSON that is the same string for equal values: sorted keys, no spaces, ASCII, 1.0 and 1 both as 1.
+def manifest_json(value: Any) -> str:
+    """A manifest as `canonical` JSON in which equal numbers are the same text: 1.0 and 1 both are 1.
 
     Raises ValueError, with the entry's dotted name, for NaN, an infinity, and whatever is not JSON (a set, a tensor, a NumPy number).
     """
-    return json.dumps(_plain(value, "manifest"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return canonical(_plain(value, "manifest"))
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -61,8 +63,8 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def manifest_key(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's canonical JSON, 64 hex digits; ValueError as `canonical`."""
-    return hashlib.sha256(canonical(manifest).encode()).hexdigest()
+    """SHA-256 of a manifest's canonical JSON, 64 hex digits; ValueError as `manifest_json`."""
+    return hashlib.sha256(manifest_json(manifest).encode()).hexdigest()
 
 
 def identities(extractors: Mapping[str, FeatureExtractor]) -> dict[str, dict[str, Any]]:
@@ -102,8 +104,8 @@ class _Manifest:
         if not self.extractors or not all(isinstance(identity, Mapping) for identity in self.extractors.values()):
             raise ValueError(f"{type(self).__name__}: extractors: expected {{name: identity}}, got {self.extractors!r}")
         # A copy of its own: what the caller does with his later must not change the key.
-        object.__setattr__(self, "extractors", json.loads(canonical(self.extractors)))
-        canonical(self.to_json())
+        object.__setattr__(self, "extractors", json.loads(manifest_json(self.extractors)))
+        manifest_json(self.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)

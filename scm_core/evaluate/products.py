@@ -8,13 +8,11 @@ little, and what is left, in bfloat16. Both the bounds and the errors themselves
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from scm_core.evaluate.points import Points, power_of_two
+from scm_core.precision import full_precision
 
 FEW = 2**20  # pairs, up to which products are in float64: errors average out less, and it costs little
 WIDE = 512  # dimensions: with fewer, products are not what takes the time
@@ -55,7 +53,7 @@ class Products:
 
     def of(self, left: Part, right: Part) -> Tensor:
         """The products (R, C) of features in `dtype`, times scale²."""
-        with full_precision():
+        with full_precision(left[0].device):
             if not self.split:
                 return left[0] @ right[0].T
             lead = (left[0] * self.unit) @ right[0].T
@@ -92,21 +90,3 @@ def fast_bfloat16(device: torch.device) -> bool:
         capable = torch.cpu.get_capabilities()
         return torch.backends.mkldnn.is_available() and bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products as they are asked for: of float32 numbers, not of TF32 or bfloat16 ones in their place, and sums in float32."""
-    settings = (
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
-        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
-    )
-    before = [getattr(where, name) for where, name, _ in settings]
-    try:
-        for where, name, value in settings:
-            setattr(where, name, value)
-        yield
-    finally:
-        for (where, name, _), value in zip(settings, before, strict=True):
-            setattr(where, name, value)

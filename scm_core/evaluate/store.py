@@ -18,7 +18,7 @@ from scm_core.disk import StoreError, failure, replace_file
 from scm_core.evaluate.chunks import Chunks, Layout
 from scm_core.evaluate.filling import STAYS, Filler, Images
 from scm_core.evaluate.folder import KeptImages
-from scm_core.evaluate.manifest import FeatureExtractor, canonical, identities, manifest_key
+from scm_core.evaluate.manifest import FeatureExtractor, identities, manifest_json, manifest_key
 from scm_core.train.lock import HeldError, exclusive
 from scm_core.train.resume import changes
 
@@ -50,7 +50,7 @@ class FeatureStore:
         chunk: int,
         warn: Callable[[str], None] = _warn,
     ) -> None:
-        self.manifest: dict[str, Any] = json.loads(canonical(manifest))
+        self.manifest: dict[str, Any] = json.loads(manifest_json(manifest))
         self.key = manifest_key(self.manifest)
         self.path, self.warn = Path(folder) / self.key, warn
         described, known = self.manifest.get("chunk"), self.manifest.get("extractors")
@@ -202,7 +202,7 @@ class FeatureStore:
         return count
 
     def _require_extractors(self, extractors: Mapping[str, FeatureExtractor]) -> None:
-        words = changes(self.manifest["extractors"], json.loads(canonical(identities(extractors))))
+        words = changes(self.manifest["extractors"], json.loads(manifest_json(identities(extractors))))
         if words:
             raise ValueError(
                 f"extractors: expected those of the manifest, got others ({'; '.join(words)}); make the manifest with `identities` of these"
@@ -219,7 +219,7 @@ class FeatureStore:
             raise failure(file, error, "reading the manifest", STAYS) from error
         try:
             stored = json.loads(text)
-            same = canonical(stored) == canonical(self.manifest)
+            same = manifest_json(stored) == manifest_json(self.manifest)
         except ValueError as error:
             raise StoreError(f"{file}: damaged ({error}); delete {self.path} and fill it again") from error
         if not same:

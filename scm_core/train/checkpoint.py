@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scm_core.disk import REMEDIES, file_digest, sync
+from scm_core.disk import REMEDIES, file_digest, replace_file, sync
 from scm_core.train.lock import HeldError, exclusive
 from scm_core.train.writer import Background, Buffers, write_tensors
 
@@ -40,15 +40,6 @@ class Checkpoint(NamedTuple):
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _iteration(path: Path) -> int:
@@ -170,6 +161,8 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(".tmp-*"):  # what a killed writer left behind
                 shutil.rmtree(stale)
+            for stale in self.folder.glob(f".{POINTER}.*.tmp"):
+                stale.unlink()
             temporary.mkdir()
             where = temporary / TENSORS
             digests = {TENSORS: write_tensors(tensors, where)}
@@ -188,7 +181,7 @@ class CheckpointStore:
             os.rename(temporary, final)
             sync(self.folder)
             where = self.folder / POINTER
-            write_text(where, final.name)
+            replace_file(where, final.name.encode(), durable=True)
             where = self.folder
             self._tidy(final)
         except OSError as error:

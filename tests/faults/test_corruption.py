@@ -164,7 +164,7 @@ def test_what_killed_writers_left(stored: CheckpointStore) -> None:
     for name in (".tmp-step-00000012", ".tmp-step-00000007"):
         (stored.folder / name / "folder").mkdir(parents=True)
         (stored.folder / name / TENSORS).write_bytes(b"half")
-    (stored.folder / ".latest.tmp").write_text("step-000")
+    (stored.folder / ".latest.host-0123456789abcdef.tmp").write_text("step-000")
     assert load(stored) == (8, [])
     stored.save(12, {"x": torch.ones(2)}, {})
     assert load(stored) == (12, [])

@@ -30,16 +30,17 @@ FAKE_PARAMS = """
 import json, types, yaml
 from pathlib import Path
 PARAMS_FILE = "params.yaml"
-Params = Scale = Slot = object
+Params = PretrainedVae = Scale = Slot = object
 
 class Section(dict):
     __getattr__ = dict.__getitem__
 
 def load(path=PARAMS_FILE, scale=None):
     data = yaml.safe_load(Path(path).read_text())
-    scales = {name: Section(value, slots={}) for name, value in data["scales"].items()}
+    scales = {name: Section(value, slots={}, hardware=None) for name, value in data["scales"].items()}
     resume = types.SimpleNamespace(**{"allow_changes": False, **data.get("resume", {})})
-    return types.SimpleNamespace(scale=scale or data["scale"], scales=scales, resume=resume)
+    scale = scale or data["scale"]
+    return types.SimpleNamespace(scale=scale, scales=scales, active=scales[scale], resume=resume)
 """
 
 FAKE_REGISTRY = """
@@ -297,6 +298,7 @@ def repo(tmp_path: Path) -> Iterator[Repo]:
     root = tmp_path / "repo"
     package = root / "pipeline"
     shutil.copytree(HERE / "pipeline", package, ignore=shutil.ignore_patterns("__pycache__", "stages"))
+    shutil.copytree(HERE / "scm_core", root / "scm_core", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "stages").mkdir()
     (package / "stages" / "__init__.py").write_text("")
     for name, body in STAGES.items():

@@ -167,10 +167,16 @@ def test_dvc_shows_the_fids_and_plots_the_sweeps(repository: Path, run: Run) -> 
             folder.mkdir(parents=True)
             (folder / "evaluation.json").write_text(json.dumps({"reported": {"1-step": {"fid": number}}}))
             (folder / "sweep.csv").write_text(f"phase,steps,guidance,fid\nreport,1,1.0,{number}\n")
+        floor = next(
+            job.outputs[0] for job in registry.jobs(load(repository / "params.yaml")) if job.stage == "reconstruction"
+        )
+        (repository / floor).mkdir(parents=True)
+        (repository / floor / "reconstruction.json").write_text(json.dumps({"reported": {"fid": 0.5}}))
         metrics = json.loads(run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
         plots = json.loads(run("dvc", "plots", "show", "--json").stdout)["data"]
     finally:
         shutil.rmtree(repository / "runs")
+    assert metrics.pop(f"{floor}/reconstruction.json")["data"]["reported"] == {"fid": 0.5}
     shown = {name: file["data"]["reported"]["1-step"]["fid"] for name, file in metrics.items()}
     assert shown == {f"{job.outputs[0]}/evaluation.json": number for number, job in enumerate(jobs)}
     points = plots["FID by guidance"][0]["content"]["data"]["values"]

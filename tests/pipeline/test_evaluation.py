@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -23,7 +25,8 @@ from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.params import Params, read_yaml, validate
 from pipeline.results import read
-from pipeline.stages import dataset, evaluate, features, reference
+from pipeline.stages import dataset, evaluate, evaluations, features, reference
+from pipeline.tables import measured_points
 from scm_core.ema import save_snapshot
 from scm_core.nn.build import build_network, save_model
 
@@ -239,6 +242,99 @@ def test_processes_share_the_sampling(repository: Path, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(*tables, rtol=1e-9)
 
 
+def swept(**more: Any) -> dict[str, Any]:
+    """The same parameters with other averages and earlier checkpoints, or whatever else of the evaluation."""
+    data = smallest()
+    slot = data["scales"]["smoke"]["slots"]["pixel_cond"]
+    slot["teacher"] |= {"iterations": 60, "batch": 5, "snapshots": {"sigma_rel": [0.05, 0.1], "every": 20}}
+    slot["evaluation"] |= more
+    return data
+
+
+def test_the_stage_sweeps_other_averages_and_earlier_checkpoints(
+    params: Params, made: Path, sampled: list[int]
+) -> None:
+    """A width in full, with a scale of its own; a checkpoint once at the scales of the published average. What was known stays as it is."""
+    before = run_stage(params, made)
+    sampled.clear()
+    after = run_stage(validate(swept(averages=[0.08, 0.1], checkpoints=[20, 40, 60])), made)
+    assert list(after[after.ema.isna()].key) == list(before.key)
+    assert sum(sampled) == after[after.ema.notna()].samples.sum()
+    width = after[(after.ema == 0.08) & after.nimg.isna()]
+    published = after[after.ema.isna()]
+    assert list(width.phase) == ["select", "select", *["report"] * (len(width) - 2)]
+    assert (
+        width[width.phase == "report"].first_index.nunique()
+        == published[published.phase == "report"].first_index.nunique()
+    )
+    assert not (after.ema == 0.1)[after.nimg.isna()].any()  # that is the published one
+    earlier = after[after.nimg.notna()]
+    assert sorted(earlier.nimg.unique()) == [
+        100,
+        200,
+    ]  # images: 20 and 40 iterations of 5; the end is what is published
+    assert set(earlier.ema) == {0.1}
+    assert set(earlier.phase) == {"report"}
+    reported = published[published.phase == "report"]
+    for _, group in earlier.groupby("nimg"):
+        assert set(group.guidance) == set(reported.guidance)
+        assert list(group[group.best].guidance.unique()) == list(reported[reported.best].guidance.unique())
+    assert after.key.nunique() == len(after)
+    facts = json.loads((made / registry.find(params, "evaluate", TEACHER).outputs[0] / "evaluation.json").read_text())
+    assert facts["reported"]["2-step"]["fid"] == pytest.approx(reported[reported.best].fid.mean())
+    run_stage(params, made)
+
+
+def test_the_points_of_a_scale_are_one_file_with_what_they_were_made_of(params: Params, made: Path) -> None:
+    run_stage(params, made)
+    folder = made / registry.find(params, "evaluate", TEACHER).outputs[0]
+    reference = {"run": "reference-pixel_cond-1", "digest": "b" * 64}
+    inputs = {"teacher": {"run": "teacher-pixel_cond-S-01234567", "digest": "a" * 64}, "reference": reference}
+    (folder / paths.MANIFEST).write_text(
+        json.dumps({"format": manifest.FORMAT, "files": {}, "run": "r", "inputs": inputs})
+    )
+    name = "evaluate-pixel_cond-S-teacher"
+    table = measured_points(folder, "smoke", name)
+    rows = pd.read_csv(folder / "sweep.csv", dtype=str, keep_default_na=False)
+    pd.testing.assert_frame_equal(table[list(rows.columns)], rows)  # digit by digit
+    first = table.iloc[0]
+    assert (first.scale, first.slot, first["size"], first.method) == ("smoke", "pixel_cond", "S", "teacher")
+    assert (first.model, first.model_sha256) == ("teacher-pixel_cond-S-01234567", "a" * 64)
+    assert (first.reference, first.reference_sha256, first.dataset) == (
+        "reference-pixel_cond-1",
+        "b" * 64,
+        "mnist5k-16",
+    )
+    assert not {"commit", "time"} & set(table.columns)
+    job = registry.find(params, "evaluations", {})
+    assert set(job.inputs) == {
+        f"evaluate-pixel_cond-{size}-{method}" for size in "SM" for method in ("teacher", "scd", "sct")
+    }
+    one = replace(job, inputs={name: job.inputs[name]})
+    evaluations.run(context(one, params, made))
+    written = pd.read_csv(made / "reports" / "evaluations.csv" / "evaluations.csv", dtype=str, keep_default_na=False)
+    pd.testing.assert_frame_equal(written.fillna(""), table.astype(str), check_dtype=False)
+
+
+def test_pairs_are_compared_with_a_part_of_the_reference(
+    params: Params, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FID has the digits of all images; the rest is another number, known by another name."""
+    root = tmp_path / "part"
+    shutil.copytree(repository, root, ignore=shutil.ignore_patterns(".cache", "evaluate"))
+    monkeypatch.setenv("SCM_ROOT", str(root))
+    whole = run_stage(params, root)
+    part = validate(swept(manifold_images=500))
+    job = registry.find(part, "reference", SLOT)
+    assert "scales.smoke.slots.pixel_cond.evaluation.manifold_images" in job.params
+    reference.run(context(job, part, root))
+    rows = run_stage(part, root)
+    assert (rows.fid - whole.fid).abs().max() < 1e-6 * whole.fid.max()
+    assert (rows.kid != whole.kid).all()
+    facts = json.loads((root / registry.find(part, "evaluate", TEACHER).outputs[0] / "evaluation.json").read_text())
+    assert (facts["reference_images"], facts["manifold_images"]) == (5000, 500)
+
+
 # ---- the commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +389,48 @@ def test_other_averages_come_from_snapshots(made: Path) -> None:
         command.main([*arguments, "--nimg", "100"])
 
 
+def test_the_same_run_named_twice_is_one_set(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under any of its names: no spread over seeds comes of it, nor a second row."""
+    file = made / "twice.csv"
+    names = ["teacher-pixel_cond-S", "runs/smoke/pixel_cond/teacher/S"]
+    command.main([*names, "--guidance", "1.0", "--samples", "10", "-o", str(file)])
+    assert len(read(file)) == 1
+    assert "seeds" not in capsys.readouterr().out
+
+
+def test_files_that_were_changed_are_not_measured(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "changed"
+    shutil.copytree(repository, root, ignore=shutil.ignore_patterns(".cache", "evaluate"))
+    monkeypatch.setenv("SCM_ROOT", str(root))
+    folder = root / "runs/smoke/pixel_cond/teacher/S"
+    entry = {"bytes": 3, "sha256": "0" * 64}
+    made = json.loads((folder / paths.MANIFEST).read_text()) | {"files": {"model.safetensors": entry}}
+    (folder / paths.MANIFEST).write_text(json.dumps(made))
+    with pytest.raises(
+        PipelineError, match=r"teacher/S/model.safetensors has \d+ bytes where its manifest says 3; make it again with"
+    ):
+        command.main(["teacher-pixel_cond-S", "--samples", "10"])
+
+
+def test_the_reference_of_a_folder_is_made_once_for_all_runs(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import evaluation
+
+    folder = tmp_path / "real"
+    folder.mkdir()
+    torch.manual_seed(0)
+    for i in range(12):
+        Image.fromarray(torch.randint(256, (16, 16), dtype=torch.uint8).numpy()).save(folder / f"{i}.png")
+    calls: list[Path] = []
+    made_once = evaluation.reference_of
+    monkeypatch.setattr(evaluation, "reference_of", lambda path, *more: (calls.append(path), made_once(path, *more))[1])
+    compare.main(["teacher-pixel_cond-S", str(folder), "--reference", str(folder), "--samples", "12"])
+    assert calls == [folder]
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder of four PNG files."""
@@ -307,18 +445,25 @@ def pictures(tmp_path: Path) -> Path:
     ("arguments", "words"),
     [
         (["teacher-pixel_cond-L"], "teacher-pixel_cond-L: no teacher or student of scale smoke"),
-        (["student-pixel_cond-S-scd"], "runs/smoke/pixel_cond/student/S/scd: not made yet; run it with: python -m pipeline run student"),
+        (["student-pixel_cond-S-scd"], "student-pixel_cond-S-scd: not trained yet; run it with: python -m pipeline run student"),
         (["teacher-pixel_cond-S", "--metrics", "fidd"], "--metrics: fidd: did you mean 'fid'?"),
         (["teacher-pixel_cond-S", "--metrics", "fd_dinov2"], "fd_dinov2: slot pixel_cond is not measured in its features; add dinov2 to"),
         (["teacher-pixel_cond-S", "--steps", "1"], "--steps: teacher-pixel_cond-S samples in 2 steps, got 1"),
         (["teacher-pixel_cond-S", "--guidance", "x"], "--guidance: expected numbers"),
         (["teacher-pixel_cond-S", "--samples", "1"], "--samples: must be at least 2, got 1"),
         (["teacher-pixel_cond-S", "--samples", "3"], "--samples: must be above evaluation.neighbours (3), got 3"),
+        (["teacher-pixel_cond-S", "--samples", "9"], "--samples: 9 are too few for errors from evaluation.groups (10)"),
+        (["teacher-pixel_cond-S", "--guidance=-1"], "--guidance: teacher-pixel_cond-S takes scales of at least 0, got -1"),
+        (["teacher-pixel_cond-S-76543210"], "this run's result is not here any more; runs/smoke/pixel_cond/teacher/S holds teacher"),
+        (["teacher-pixel_cond-S", "-o", "no/points.csv"], "no/points.csv: there is no folder no; make it first"),
+        (["teacher-pixel_cond-S", "-o", "params.csv"], "params.csv: cannot be read as measured rows"),
+        (["PICTURES", "--samples", "4"], "--samples: 4 are too few for errors from evaluation.groups (10)"),
+        (["LARGE"], "its images are 24×20, those of the slot's data set 16×16; resize them"),
         (["teacher-pixel_cond-S", "--sets", "0"], "--sets: must be at least 1, got 0"),
         (["teacher-pixel_cond-S", "-o", "points.txt"], "points.txt: expected a file that ends in .csv or .parquet"),
         (["teacher-pixel_cond-S", "--images", "new"], "--images: there is one folder, and 2 points of 1 runs; ask for one"),
         (["PICTURES", "--guidance", "1.0"], "is a folder of images, which are as they are; leave it out"),
-        (["PICTURES", "--samples", "5"], "holds 4 images, 5 are asked for with --samples"),
+        (["PICTURES", "--samples", "5"], "holds 4 images, 5 are asked for"),
         (["PICTURES", "--slot", "pixel"], "--slot: pixel: did you mean 'pixel_cond'?"),
         (["EMPTY"], "empty: "),
     ],
@@ -328,7 +473,11 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    named = {"PICTURES": str(pictures), "EMPTY": str(empty)}
+    large = tmp_path / "large"
+    large.mkdir()
+    Image.new("L", (24, 20)).save(large / "0.png")
+    (made / "params.csv").write_bytes(b"")
+    named = {"PICTURES": str(pictures), "EMPTY": str(empty), "LARGE": str(large)}
     with pytest.raises((PipelineError, ValueError)) as caught:
         command.main([named.get(word, word) for word in arguments])
     assert words in str(caught.value)
@@ -344,9 +493,27 @@ def test_a_reference_that_is_not_there_is_named(made: Path, pictures: Path, para
         folder.with_name("away").rename(folder)
 
 
+def test_numbers_of_two_references_are_not_compared() -> None:
+    """A folder is measured in the slot that --slot names, a run in its own: a difference of such numbers would mean nothing."""
+
+    def target(slot: str, key: str) -> Any:
+        references = {"classifier": SimpleNamespace(key=key)}
+        return SimpleNamespace(names={"slot": slot}, evaluator=SimpleNamespace(references=references))
+
+    a, b = target("pixel_cond", "a" * 64), target("latent_guided", "b" * 64)
+    compare.require_one_reference([a, a], ["one", "two"])
+    with pytest.raises(
+        PipelineError,
+        match=r"^one in slot pixel_cond and pngs in slot latent_guided are measured against different ref",
+    ):
+        compare.require_one_reference([a, b], ["one", "pngs"])
+
+
 def test_the_library_s_words_are_the_commands(made: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline.__main__ import main
 
+    for i in range(4, 12):
+        shutil.copy(pictures / "0.png", pictures / f"{i}.png")
     (pictures / "1.png").write_bytes(b"no picture")
     assert main(["evaluate", str(pictures)]) == 2
     error = capsys.readouterr().err

@@ -2,15 +2,19 @@
 """Scale paper against the paper's tables, cell by cell: each is compared, or named as one that has no key."""
 
 import csv
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from pipeline import registry
 from pipeline.models import Slot
-from pipeline.params import load
+from pipeline.params import load, validate
 from scm_core.nn.build import build_network, count_parameters
 from scm_core.train.flops import peak_flops
 from scm_core.trigflow import t_max
@@ -190,3 +194,19 @@ def test_the_peak_is_that_of_the_gpu() -> None:
     for scale in load(ROOT / "params.yaml").scales.values():
         if scale.hardware:
             assert 1e12 * scale.hardware.peak_tflops == peak_flops(scale.hardware.gpu, torch.float16)
+
+
+def test_the_size_of_the_documentation_is_valid() -> None:
+    """docs/scales.md: EDM's teacher on one GPU, pasted into scale one-gpu."""
+    text = (ROOT / "docs" / "scales.md").read_text()
+    (snippet,) = re.findall(r"^```yaml\n(edm:.*?)^```", text, re.MULTILINE | re.DOTALL)
+    pasted = textwrap.indent(snippet.replace("SHA256", 32 * "0a"), 10 * " ")
+    head, tail = (ROOT / "params.yaml").read_text().split("  one-gpu:", 1)
+    before, after = tail.split("        evaluation:", 1)
+    data = yaml.safe_load(f"{head}  one-gpu:{before}{pasted}        evaluation:{after}")
+    slot = validate(data).scales["one-gpu"].slots["pixel_uncond"]
+    assert slot.sizes["edm"].imported is not None
+    assert slot.sizes["edm"].network.weights(slot.items) / 1e6 == pytest.approx(55.7, abs=0.1)  # EDM's count
+    jobs = {job.name: job for job in registry.jobs(validate(data), "one-gpu")}
+    assert jobs["teacher-pixel_uncond-edm"].resources.gpus == 0
+    assert jobs["student-pixel_uncond-edm-scd"].resources.gpus == 1

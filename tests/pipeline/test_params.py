@@ -112,6 +112,14 @@ def test_a_job_runs_on_one_node(write: Write) -> None:
     assert sentence(write(many)) == f"params.yaml: {SLOT}.sizes.M.engine.processes: {words}"
 
 
+def test_a_batch_has_an_image_for_each_part(write: Write) -> None:
+    many = edit(r"blocks: 5\},", "blocks: 5}, engine: {processes: 8, accumulation: 16},")
+    words = (
+        "must be at least 128, the parts that the engine of size M takes a batch in (processes · accumulation), got 64"
+    )
+    assert sentence(write(many)) == f"params.yaml: {SLOT}.sizes.M.teacher.batch: {words}"
+
+
 def test_models_are_frozen() -> None:
     params = load(ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):
@@ -178,6 +186,12 @@ def test_an_integer_stands_for_a_float(write: Write) -> None:
         (r"labels: \[0, 1,", "labels: [10, 1,", f"{SLOT}.figure2.labels", "must be below dataset.labels (10), got 10"),
         (r"resolution: 32", "resolution: 4", f"{SLOT}.dataset.resolution", "must divide by 8"),
         (r"resolution: 32", "resolution: 33", f"{SLOT}.dataset.resolution", "must divide 32"),
+        (r"groups: 10 ", "groups: 10\n          averages: [0.1, 0.1]", f"{SLOT}.evaluation.averages", "must name each width once"),
+        (r"groups: 10 ", "groups: 10\n          averages: [0.3]", f"{SLOT}.evaluation.averages[0]", "must be less than 0.28"),
+        (r"groups: 10 ", "groups: 10\n          averages: [0.1]", f"{SLOT}.evaluation.averages", "needs a training that keeps snapshots"),
+        (r"groups: 10 ", "groups: 10\n          checkpoints: [9, 9]", f"{SLOT}.evaluation.checkpoints", "must ascend without repetition"),
+        (r"groups: 10 ", "groups: 10\n          checkpoints: [9]", f"{SLOT}.evaluation.checkpoints", "needs a training that keeps"),
+        (r"groups: 10 ", "groups: 10\n          manifold_images: 3", f"{SLOT}.evaluation.manifold_images", "must be above neighbours"),
         (r"source: mnist5k", "source: mnist", f"{SLOT}.dataset.source", "'imagenet' or 'images', got 'mnist'"),
         (r"latent_guided:", "latent_gided:", "scales.demo.slots.latent_gided", "unknown name"),
         (r"        vae:.*?(?=        features:)", "", f"{SLOT}.vae", "is missing"),
@@ -358,3 +372,31 @@ def test_importing_and_loading_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40 * 1024, "kB of peak memory"
+
+
+SNAPSHOTS = "ramp_up: 50\\n          snapshots: {sigma_rel: [0.05, 0.10], every: 700}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "words"),
+    [
+        ("checkpoints: [700, 1000]", "checkpoints", "must be multiples of teacher.snapshots.every (700 for size S), got 1000"),
+        ("averages: [0.1]", "averages", "need a snapshot at the end: teacher.iterations (2500 for size M) must be a multiple"),
+    ],
+)  # fmt: skip
+def test_snapshots_are_where_they_are_measured(write: Write, keys: str, key: str, words: str) -> None:
+    """Of a training that keeps them, at the iterations that are asked for; another one does not matter."""
+    text = edit(r"groups: 10 ", f"groups: 10\\n          {keys}", edit(r"ramp_up: 50", SNAPSHOTS))
+    text = edit(r"S: \{(.*?)teacher: \{\}", r"S: {\1teacher: {iterations: 2100}", text)
+    with pytest.raises(ParamsError) as caught:
+        load(write(text))
+    assert f"{SLOT}.evaluation.{key}: " in str(caught.value)
+    assert words in str(caught.value)
+    good = edit(re.escape(keys), "checkpoints: [700, 1400]", text)
+    assert load(write(good)).active.slots["latent_guided"].evaluation.checkpoints == (700, 1400)
+
+
+def test_optional_keys_of_an_evaluation_that_are_absent_change_no_name() -> None:
+    """Run ids are hashes of the sections: a key that a params.yaml does not have is not in them."""
+    dumped = load(ROOT / "params.yaml").active.slots["latent_guided"].evaluation.model_dump(mode="json")
+    assert not {"averages", "checkpoints", "manifold_images"} & dumped.keys()

@@ -47,7 +47,7 @@ def test_every_job_of_the_demo(params: Params) -> None:
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
-    reports = ["table2", "figure2", "figure3", "figure7"]
+    reports = ["table2", "figure2", "figure3", "figure7", "evaluations"]
     expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
     assert names(registry.jobs(params)) == expected
 
@@ -233,13 +233,33 @@ def test_a_number_that_a_size_replaces_does_not_matter_to_it(params: Params) -> 
         assert (registry.settings(job, before) == registry.settings(job, after)) is same
 
 
+def test_figure_7_of_the_paper_needs_no_ablations() -> None:
+    """Teachers, sCD, VSD and sCD+VSD of every size that trains them, and neither multistep nor discrete students."""
+    figure = registry.find(load(ROOT / "params.yaml", "paper"), "figure7", {})
+    methods = [name.split("-", 2)[2] for name in figure.inputs]
+    assert sorted(set(methods)) == ["scd", "scd_vsd", "teacher", "vsd"]
+    assert methods.count("vsd") == 1
+    assert methods.count("scd_vsd") == 5
+
+
+def test_what_no_other_job_reads_wants_all_jobs(params: Params) -> None:
+    for scale in params.scales:
+        jobs = registry.jobs(params, scale)
+        wanted = {job.name for job in registry.ends(jobs)}
+        for job in reversed(jobs):
+            if job.name in wanted:
+                wanted.update(parent.name for parent in registry.parents(job, jobs))
+        assert wanted == {job.name for job in jobs}
+    assert all(job.is_report for job in registry.ends(registry.jobs(params, "demo")))
+
+
 def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
     data = read_yaml(ROOT / "params.yaml")
     slot = data["scales"]["smoke"]["slots"].pop(SLOT)
     del slot["vae"]
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
-    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3"}
+    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3", "evaluations"}
     assert {job.stage for job in jobs} == stages
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}

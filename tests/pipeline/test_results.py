@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.asked import numbers, whole_numbers, words
 from pipeline.errors import PipelineError
-from pipeline.results import merge, read, shown
+from pipeline.results import merge, read, shown, without_repetition
 
 
 def row(key: str, fid: float, first: int = 0, **more: Any) -> dict[str, Any]:
@@ -30,6 +30,24 @@ def test_a_point_that_was_measured_before_is_replaced_and_another_one_added(tmp_
         ("student-1", "a", 1.0), ("student-1", "b", 3.0), ("student-1", "c", 4.0), ("student-2", "c", 4.0),
     ]  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {name, "locks"}
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+@pytest.mark.parametrize("text", ["007", "1234567890123456", "123456789012e345", "NA", "null", 'a,"b'])
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path, name: str, text: str) -> None:
+    """A folder or a key that pandas would read as a number or as nothing is found again, and not doubled."""
+    file = tmp_path / name
+    for fid in (1.0, 2.0):
+        merge([row(text, fid, subject=text, reference_sha256=text)], file, tmp_path / "locks")
+    table = read(file)
+    assert list(zip(table.subject, table.key, table.reference_sha256, table.fid, strict=True)) == [
+        (text, text, text, 2.0)
+    ]
+
+
+def test_a_measurement_that_is_there_twice_is_one() -> None:
+    rows = [row("a", 1.0), row("b", 2.0), row("a", 1.0)]
+    assert without_repetition(rows) == rows[:2]
 
 
 def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:

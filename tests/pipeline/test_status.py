@@ -225,6 +225,44 @@ def test_doctor_reads_the_commit(repo: Any) -> None:
     assert f"git config --global --add safe.directory {repo.root}" in others.stdout
 
 
+def test_doctor_names_the_weights_that_the_scale_needs(repo_copy: Path, tmp_path: Path) -> None:
+    """Which file to put where; a file of another size or of other bytes is none."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    arguments = [sys.executable, "-m", "pipeline", "doctor"]
+
+    def doctor(*more: str) -> str:
+        environment = {**os.environ, "SCM_WEIGHTS": str(folder), "SCM_ROOT": str(repo_copy)}
+        return subprocess.run(
+            [*arguments, *more], cwd=repo_copy, env=environment, capture_output=True, text=True
+        ).stdout
+
+    assert "weights of" not in doctor("--quick")
+    file = repo_copy / "params.yaml"
+    head, mark, smoke = file.read_text().partition("\n  smoke:")
+    smoke = smoke.replace("spaces: [classifier]", "spaces: [inception, dinov2]").replace(
+        "        features: ", "        removed: "
+    )
+    lines = smoke.splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith("        removed:"))
+    file.write_text(head + mark + "".join(lines[:start] + lines[start + 3 :]))
+    assert "weights of" not in doctor("--quick")
+    found = doctor("--quick", "--scale", "smoke")
+    for space, name, digest in (
+        ("inception", "weights-inception-2015-12-05-6726825d.pth", "6726825d0af5f729"),
+        ("dinov2", "dinov2_vitl14_pretrain.pth", "d5383ea8f4877b24"),
+    ):
+        assert f"missing   weights of {space}: {folder / name} is not there\n" in found
+        assert re.search(rf"→ put {name} there, from https://\S+ \(\d+ MB, SHA-256 {digest}", found)
+    inception = folder / "weights-inception-2015-12-05-6726825d.pth"
+    inception.write_bytes(b"short")
+    assert f"{inception}: 5 bytes, 95628359 expected" in doctor("--quick", "--scale", "smoke")
+    with inception.open("wb") as sparse:
+        sparse.truncate(95_628_359)
+    assert f"ok        weights of inception: {inception}\n" in doctor("--quick", "--scale", "smoke")
+    assert f"{inception}: damaged or another file\n" in doctor("--scale", "smoke")
+
+
 def test_doctor_on_this_installation() -> None:
     here = Path(__file__).resolve().parents[2]
     done = subprocess.run(

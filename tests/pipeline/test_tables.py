@@ -8,8 +8,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from pipeline.params import load
 from pipeline.sweep import FIELDS, REPORT, SELECT, Plan, Point, reported, sweep
-from pipeline.tables import PAPER_SETTING, TABLE2_COLUMNS, best_guidance, format_count, our_rows, table2, to_markdown
+from pipeline.tables import (
+    PAPER_SETTING,
+    TABLE2_COLUMNS,
+    best_guidance,
+    format_count,
+    measured_note,
+    our_rows,
+    table2,
+    to_markdown,
+)
 
 PAPER = Path(__file__).parents[2] / "reports" / "paper" / "table2.csv"
 
@@ -170,3 +180,18 @@ def test_the_published_rows_stand_unchanged_and_ours_below_them(tmp_path: Path) 
 )
 def test_parameters_are_counted_as_the_paper_prints_them(number: int, text: str) -> None:
     assert format_count(number) == text
+
+
+def test_our_rows_compare_with_the_published_ones_only_where_they_were_measured_alike() -> None:
+    scales = load(PAPER.parents[2] / "params.yaml").scales
+    paper, demo = scales["paper"].slots["latent_guided"], scales["demo"].slots["latent_guided"]
+    assert measured_note(paper) == (
+        "Rows headed *Ours* were measured on imagenet (512 × 512) in Inception's features, as the published ones."
+    )
+    apart = "they compare with each other, not with the published rows."
+    assert measured_note(demo).startswith(
+        "Rows headed *Ours* were measured on mnist5k (32 × 32) in the features of a small classifier"
+    )
+    assert measured_note(demo).endswith(apart)
+    smaller = paper.model_copy(update={"dataset": paper.dataset.model_copy(update={"resolution": 256})})
+    assert measured_note(smaller).endswith(apart)

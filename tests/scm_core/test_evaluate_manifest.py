@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scm_core.evaluate.manifest import ImagesManifest, SampleManifest, canonical, identities, manifest_key
+from scm_core.evaluate.manifest import ImagesManifest, SampleManifest, identities, manifest_json, manifest_key
 
 IDENTITY = {"name": "scm-classifier", "layer": "features", "weights_sha256": "c" * 64, "dtype": "float32"}
 SAMPLES: dict[str, Any] = {
@@ -87,18 +87,18 @@ def test_the_two_kinds_are_told_apart() -> None:
 
 
 def test_the_key_is_the_hash_of_the_canonical_json() -> None:
-    text = '{"a":[1,0.1,true,null],"b":{"c":"\\u00e9"}}'
+    text = '{"a":[1,0.1,true,null],"b":{"c":"é"}}'
     value = {"b": {"c": "é"}, "a": (1.0, 0.1, True, None)}
-    assert canonical(value) == text
+    assert manifest_json(value) == text
     assert manifest_key(value) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_equal_numbers_have_one_key_and_truth_is_no_number() -> None:
-    assert canonical({"x": 1}) == canonical({"x": 1.0}) == canonical({"x": np.float64(1)})
-    assert canonical([0.0]) == canonical([-0.0]) == canonical([0])
-    assert canonical([True]) != canonical([1])
-    assert canonical([1e300]) == "[1e+300]"
-    assert canonical([2**60 + 1]) == f"[{2**60 + 1}]"
+    assert manifest_json({"x": 1}) == manifest_json({"x": 1.0}) == manifest_json({"x": np.float64(1)})
+    assert manifest_json([0.0]) == manifest_json([-0.0]) == manifest_json([0])
+    assert manifest_json([True]) != manifest_json([1])
+    assert manifest_json([1e300]) == "[1e+300]"
+    assert manifest_json([2**60 + 1]) == f"[{2**60 + 1}]"
     manifest = SampleManifest(**SAMPLES | {"guidance": 2, "times": [1.5, 1]})
     assert manifest.key == SampleManifest(**SAMPLES | {"guidance": 2.0, "times": (1.5, 1.0)}).key
 
@@ -145,7 +145,7 @@ def test_identities_of_extractors() -> None:
 )
 def test_what_has_no_key(value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        canonical(value)
+        manifest_json(value)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from scm_core.data import ImageSet, from_uint8, load_source, to_uint8
 from scm_core.evaluate import (
     Moments,
     Prepared,
+    Subset,
     evaluate,
     extract,
     frechet_with_error,
@@ -30,6 +31,7 @@ from scm_core.evaluate.classifier import (
     save_classifier,
 )
 from scm_core.evaluate.extractors import CLASSIFIER, Extractor, create_extractor, to_rgb
+from scm_core.evaluate.protocol import reference_of
 
 
 def train_classifier(seed: int, steps: int = 60) -> Classifier:
@@ -297,3 +299,51 @@ import torchvision
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_subset_of_the_reference_is_what_pairs_are_compared_with(extractor: Extractor, tmp_path: Path) -> None:
+    """FID against the moments of all, the rest against the drawn features; both survive the disk, and the key knows."""
+    digits = load_source("digits")
+    whole, part = make_reference(extractor, digits), make_reference(extractor, digits, subset=Subset(300, seed=7))
+    drawn = Subset(300, 7).indices(len(digits))
+    assert (part.count, len(part.features)) == (len(digits), 300)
+    assert torch.equal(part.features, whole.features[drawn])
+    torch.testing.assert_close(part.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part.cov, whole.cov, rtol=1e-10, atol=1e-12)
+    part.prepare().save(tmp_path)
+    loaded = load_reference(tmp_path)
+    assert (loaded.subset, loaded.count, loaded.key) == (Subset(300, 7), len(digits), part.key)
+    fake = whole.features[::7] + 0.1
+    found, all_pairs = evaluate(fake, loaded), evaluate(fake, whole)
+    assert found.fid == pytest.approx(all_pairs.fid, rel=1e-9)
+    assert found[3:8] == pytest.approx(manifold_metrics(whole.features[drawn], fake), rel=1e-6)
+    assert found.coverage != all_pairs.coverage
+
+
+def test_a_subset_has_a_name_of_its_own_and_is_none_where_there_are_no_more_images(extractor: Extractor) -> None:
+    digits = load_source("digits")
+    whole = make_reference(extractor, digits)
+    others = [make_reference(extractor, digits, subset=Subset(*which)).key for which in ((300, 7), (300, 8), (301, 7))]
+    assert len({whole.key, *others}) == 4
+    assert make_reference(extractor, digits, subset=Subset(len(digits), 0)).key == whole.key
+
+
+def test_a_subset_is_drawn_evenly_without_repetition() -> None:
+    """Every image is as likely: over many seeds each of 20 is drawn as often, 5 at a time, within five standard deviations."""
+    counts = torch.zeros(20)
+    for seed in range(2000):
+        drawn = Subset(5, seed).indices(20)
+        assert torch.equal(drawn, drawn.unique())
+        counts[drawn] += 1
+    assert (counts - 500).abs().max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
+
+
+def test_a_reference_of_other_numbers_than_it_says_is_refused(extractor: Extractor) -> None:
+    digits = load_source("digits")
+    features = make_reference(extractor, digits).features
+    with pytest.raises(ValueError, match=r"reference of digits: expected the features of 1797 images, got 1796"):
+        reference_of([features[:-1]], len(features), "digits", digits.digest, extractor.identity, Subset(9, 0))
+    with pytest.raises(
+        ValueError, match=r"a subset has as many features as it says, of more images, got 1797 features"
+    ):
+        replace(make_reference(extractor, digits), subset=Subset(5, 0), images=1797)

@@ -44,6 +44,7 @@ RESULTS = [
     "reports/figure3.csv",
     "reports/figure7.png",
     "reports/figure7.csv",
+    "reports/evaluations.csv",
 ]
 SNAKEMAKE = ["snakemake", "--profile", "cluster/local", *RESULTS, "--config", "scale=smoke"]
 TEACHER = Path("runs/smoke/latent_guided/teacher/M")
@@ -281,7 +282,7 @@ def test_killed_and_undisturbed_training_give_the_same_bytes(runs: Runs) -> None
 
 
 def test_both_engines_give_byte_identical_tables(runs: Runs) -> None:
-    for name in ("reports/table2.csv", "reports/table2.md", "reports/figure7.csv"):
+    for name in ("reports/table2.csv", "reports/table2.md", "reports/figure7.csv", "reports/evaluations.csv"):
         assert (runs.snakemake.path / name).read_bytes() == (runs.dvc.path / name).read_bytes(), name
 
 
