@@ -88,7 +88,7 @@ def _front(subject: Subject) -> str:
         "pipeline_tag: unconditional-image-generation",
     ]
     if licence == "other":
-        lines += ["license_name: not-stated", "license_link: LICENSE"]
+        lines.append("license_name: not-stated")
     return "\n".join([*lines, *(["library_name: diffusers"] if subject.form == "diffusers" else []), "---"])
 
 

@@ -13,14 +13,17 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from pydantic import TypeAdapter
 
 from pipeline import __main__, manifest, registry
 from pipeline.errors import PipelineError
 from pipeline.importing import fault
+from pipeline.networks import Network
 from pipeline.params import ParamsError, read_yaml, validate
 from pipeline.stages import dataset, evaluate, features, reference, student, teacher
 from scm_core.compat import prepare_torchvision
 from scm_core.interop import read_edm, read_edm2
+from scm_core.interop.teachers import misfit
 from scm_core.nn.build import load_model
 from tests.pipeline.test_latent_slot import context_of
 from tests.scm_core.network_pickles import edm2_pickle, edm_pickle
@@ -258,6 +261,9 @@ def test_import_by_hand(
     edm2_pickle(tmp_path / "trap", channels=4).write(weights / "edm2.pkl")
     assert call("import edm2.pkl") == 0
     said = capsys.readouterr().out
+    lines = yaml.safe_load(said.partition("sizes.<size>:\n")[2].partition("and for its latents")[0])
+    made = TypeAdapter(Network).validate_python(lines["network"])
+    assert misfit(read_edm2(weights / "edm2.pkl"), made.config(0.5)) is None
     assert "vae: {pretrained: sd-vae-ft-mse, unit_images: true, statistics: {mean: [5.81, 3.25, 0.12, -2.15]" in said
     assert not (tmp_path / "trap").exists()
 
