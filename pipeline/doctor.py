@@ -68,6 +68,7 @@ def checks(quick: bool, scale: str | None) -> Iterator[Check]:
     yield from folders()
     yield from guarded("parameters", lambda: [parameters()])
     yield from guarded("weights", lambda: weights(quick, scale))
+    yield from guarded("imported teachers", lambda: imported_teachers(quick, scale))
     yield from guarded("tracking store", lambda: [tracking()])
 
 
@@ -237,6 +238,32 @@ def weights(quick: bool, scale: str | None) -> Iterator[Check]:
         yield Check(
             what, right, f"{path}{'' if right else f': {wrong}'}", f"remove it and put the one from {source} there"
         )
+
+
+def imported_teachers(quick: bool, scale: str | None) -> Iterator[Check]:
+    """The files that teachers of a scale are imported from: there, and the right bytes (`quick`: there)."""
+    from pipeline.files import sha256_file
+    from pipeline.params import PARAMS_FILE, load
+    from scm_core.published import locate
+
+    params = load(paths.root() / PARAMS_FILE, scale)
+    for slot in params.active.slots.values():
+        for size in slot.sizes.values():
+            if size.imported is None:
+                continue
+            what = f"teacher {size.imported.file}"
+            try:
+                path = locate(size.imported.file, paths.root())
+            except FileNotFoundError as error:
+                yield Check(what, False, "not there", str(error))
+                continue
+            if path.is_dir():  # of diffusers: the stage finds the weights in it
+                yield Check(what, True, str(path))
+                continue
+            right = quick or sha256_file(path) == size.imported.sha256
+            yield Check(
+                what, right, f"{path}{'' if right else ': another digest'}", "give the right file, or its sha256"
+            )
 
 
 def tracking() -> Check:

@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
 
 
 def _read(file: str, kind: str | None, sigma_data: float) -> tuple[Teacher, Path, str]:
-    from scm_core.interop.teachers import kind_of, locate, read_teacher
+    from scm_core.interop.teachers import kind_of, read_teacher
+    from scm_core.published import locate
 
     try:
         path = locate(file)
@@ -177,7 +178,8 @@ def _latents_fault(latents: dict[str, Any] | None, slot: Slot) -> str | None:
 
 def import_teacher(name: str, slot: Slot, size: str, imported: Imported) -> Teacher:
     """The network that a size says is its teacher; `PipelineError` with the job's `name` if it is missing, damaged, or another one."""
-    from scm_core.interop.teachers import locate, read_teacher
+    from scm_core.interop.teachers import read_teacher
+    from scm_core.published import locate
 
     try:
         teacher = read_teacher(locate(imported.file, paths.root()), imported.format, imported.sha256, slot.sigma_data)

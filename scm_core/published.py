@@ -113,6 +113,22 @@ def find_published(
     return VerifiedFile(_fetch(known, what, path, opener, home), known.sha256)
 
 
+def locate(file: str | Path, root: Path | None = None) -> Path:
+    """Where a file of the user's lies: at the path (relative ones from `root`), or of that name in the folder of weights (SCM_WEIGHTS).
+
+    `FileNotFoundError` with both places if it is in neither.
+    """
+    path = Path(file).expanduser()
+    places = [(root or Path()) / path, WEIGHTS_HOME.folder / path]
+    for place in places:
+        if place.exists():
+            return place
+    where = " or ".join(map(str, dict.fromkeys(places)))
+    raise FileNotFoundError(
+        f"{file} is missing: put it at {where} ({WEIGHTS_HOME.variable} names the folder of weights)"
+    )
+
+
 def replace_by(known: PublishedFile, home: Home = WEIGHTS_HOME) -> str:
     """The remedy for a file with other bytes."""
     return f"remove it and put {Path(known.file).name} from {known.urls[0]} there{home.otherwise}"

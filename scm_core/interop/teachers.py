@@ -13,7 +13,7 @@ from scm_core.interop.foreign import read_diffusers, weights_of
 from scm_core.interop.rebuild import RefusedError
 from scm_core.interop.stored import Teacher, open_network
 from scm_core.nn.build import Model, build_network
-from scm_core.published import WEIGHTS_HOME, verified
+from scm_core.published import verified
 
 READERS: Mapping[str, Callable[[Path, float], Teacher]] = {  # σ_d is the networks' own, but for diffusers'
     "edm": lambda path, _: read_edm(path),
@@ -32,22 +32,6 @@ FREE = {
     "dropout_resolution",
     "fourier_scale",
 }  # what a file does not say and does not depend on
-
-
-def locate(file: str | Path, root: Path | None = None) -> Path:
-    """Where a network's file lies: at the path (relative ones from `root`), or of that name in the folder of weights (SCM_WEIGHTS).
-
-    `FileNotFoundError` with both places if it is in neither.
-    """
-    path = Path(file).expanduser()
-    places = [(root or Path()) / path, WEIGHTS_HOME.folder / path]
-    for place in places:
-        if place.exists():
-            return place
-    where = " or ".join(map(str, dict.fromkeys(places)))
-    raise FileNotFoundError(
-        f"{file} is missing: put it at {where} ({WEIGHTS_HOME.variable} names the folder of weights)"
-    )
 
 
 def kind_of(path: Path) -> str:

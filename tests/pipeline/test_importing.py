@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from pipeline import __main__, manifest, registry
+from pipeline.doctor import imported_teachers
 from pipeline.errors import PipelineError
 from pipeline.importing import fault
 from pipeline.networks import Network
@@ -238,6 +239,24 @@ def test_latents_must_be_those_that_the_network_is_for(tmp_path: Path) -> None:
     assert "instead of [5.27, 5.91, 4.21, 4.31]" in str(said({**right, "statistics": other}))
     own = {"pretrained": "own", "sha256": "0" * 64, "latent_channels": 4, "downsampling": 8}
     assert "name it in vae.pretrained" in str(said({**right, **own}))
+
+
+def test_the_doctor_looks_for_the_file(repository: Path, weights: Path) -> None:
+    """There, with the right bytes; else what to do."""
+
+    def said(quick: bool) -> list[tuple[bool, str]]:
+        return [(check.ok, f"{check.detail} {check.remedy}") for check in imported_teachers(quick, None)]
+
+    assert said(quick=False)[0][0]
+    (weights / "edm-digits.pkl").write_bytes(b"x")
+    assert said(quick=True)[0][0]
+    ((right, words),) = said(quick=False)
+    assert not right
+    assert "another digest" in words
+    (weights / "edm-digits.pkl").unlink()
+    ((right, words),) = said(quick=True)
+    assert not right
+    assert "edm-digits.pkl is missing: put it at" in words
 
 
 def test_import_by_hand(
