@@ -106,7 +106,7 @@ def smallest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class Balls:
     """Which generated features lie in the balls of the real ones, and the other way round; boundaries belong to balls.
 
-    The generated ones have C balls each, of squared radii (N, C), and it is known for each of the C which real ones they hold.
+    Generated features have C balls each, of squared radii (N, C), which count apart: those of a set and of parts of it.
     Distances that differ by what float64 rounds, (D + 8)·2⁻⁵² of them, count as equal.
     """
 
@@ -116,9 +116,8 @@ class Balls:
         self.fake_radii, self.real_radii = fake_radii, real_radii  # squared
         self.holders = torch.zeros(fake.count, dtype=torch.int64, device=device)  # real balls around each generated one
         self.covered = torch.zeros(real.count, dtype=torch.bool, device=device)  # has a generated one in its ball
-        self.recalled = torch.zeros(
-            real.count, fake_radii.shape[1], dtype=torch.bool, device=device
-        )  # is in a generated ball
+        # (M, C): is in the ball of a generated one
+        self.recalled = torch.zeros(real.count, fake_radii.shape[1], dtype=torch.bool, device=device)
 
     def add(self, block: Block) -> None:
         """Take the pairs of a block of the generated (rows) with the real ones (columns)."""
