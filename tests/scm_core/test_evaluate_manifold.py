@@ -155,6 +155,32 @@ def test_errors_where_a_group_has_most_neighbours(spare: int, products: str, mon
     assert manifold_metrics(real, near, 3, groups=8)[5:] == without_groups(real, near, 3, 8)
 
 
+@pytest.mark.parametrize("wider", [0.0, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("kind", ["normal", "many dimensions", "clusters"])
+def test_radii_without_groups(kind: str, wider: float, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wider bounds hold as well, and leave more open: which of the kept are the nearest outside of a group, too."""
+    init = products_module.Products.__init__
+
+    def with_wider_bounds(self: products_module.Products, a: Points, b: Points) -> None:
+        init(self, a, b)
+        generator = torch.Generator().manual_seed(0)
+        more = wider * torch.rand(a.count, generator=generator, dtype=torch.float64)
+        self.slack = self.slack[0] + more, self.slack[1] + more
+
+    monkeypatch.setattr(products_module.Products, "__init__", with_wider_bounds)
+    points = SETS[kind](0)
+    groups = [slice(0, 70), slice(70, 75), slice(75, len(points))]
+    squared = torch.stack([(x - points.double()).square().sum(dim=1) for x in points.double()])
+    squared.fill_diagonal_(torch.inf)
+    expected = [squared.sort(dim=1).values[:, 2]]
+    for group in groups:
+        left = squared.clone()
+        left[:, group] = torch.inf
+        expected.append(left.sort(dim=1).values[:, 2])
+        expected[-1][group] = -torch.inf
+    torch.testing.assert_close(FeatureSet(points).radii(3, groups), torch.stack(expected, dim=1), rtol=1e-12, atol=0)
+
+
 def test_errors_with_a_group_for_each_sample() -> None:
     real, fake = SETS["normal"](0), SETS["normal"](1)[:50]
     assert manifold_metrics(real, fake, 1, groups=50)[5:] == without_groups(real, fake, 1, 50)
