@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from page_evaluation import DIM, FULL, NAMES, NEIGHBOURS, markdown  # noqa: E402
+from page_evaluation import DIM, FULL, GROUPS, NAMES, NEIGHBOURS, markdown  # noqa: E402
 from report import RESULTS, arguments_of, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -170,12 +170,13 @@ def pairs() -> dict[str, Any]:
 
 
 def pairs_row(count: int) -> dict[str, Any]:
-    """All ways, and ours once more with a prepared reference."""
+    """All ways, and ours once more with a prepared reference, without errors of precision and recall and with them."""
     real, fake = features(count, 0), features(count, 1)
     reference, moments = FeatureSet(real, moments=Moments.of(real)), Moments.of(fake)
     reference.prepare(NEIGHBOURS)
     ways: dict[str, Callable[[], Any]] = {name: partial(way, real, fake) for name, way in WAYS.items()}
     ways["prepared"] = partial(manifold_metrics, reference, fake, NEIGHBOURS, moments=moments)
+    ways["errors"] = partial(ways["prepared"], groups=GROUPS)
     seconds, results = in_turns(ways, ROUNDS[count])
     results["float64"] = in_float64(real, fake)
     differences = {

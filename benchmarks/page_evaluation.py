@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-DIM, NEIGHBOURS, POINTS = 2048, 3, 20
+DIM, NEIGHBOURS, GROUPS, POINTS = 2048, 3, 10, 20
 FULL = 50_000
 TARGETS = {"trace": 3.0, "pairs": 4.0, "sweep": 3.0}  # times faster
 MEMORY_TARGET, GPU_TARGET = 1.5, 2.0  # GB, seconds
 NAMES = {
     "ours": "ours",
     "prepared": "ours, reference and moments known",
+    "errors": "the same with errors",
     "FID": "ours, FID",
     "torch-fidelity": "torch-fidelity",
     "prdc": "prdc",
@@ -125,7 +126,7 @@ def pairs_page(result: dict[str, Any]) -> list[str]:
     ]
     lines += [f"| {FULL:,} | " + " | ".join(f"{by_square(found[way]):.0f}" for way in ways) + " |", ""]
     for way in ways:
-        if way in ("ours", "prepared"):
+        if way in ("ours", "prepared", "errors"):
             continue
         ratios = series(rows, lambda row, way=way: row["seconds"][way] / row["seconds"]["ours"])
         ready = series(rows, lambda row, way=way: row["seconds"][way] / row["seconds"]["prepared"])
@@ -141,6 +142,12 @@ def pairs_page(result: dict[str, Any]) -> list[str]:
             + ", ".join(f"{key} {difference:.0e}" for key, difference in worst.items())
             + ".",
         ]
+    extra = series(rows, lambda row: 100 * (row["seconds"]["errors"] / row["seconds"]["prepared"] - 1))
+    lines.append(
+        f"- Standard errors of precision and recall, from {GROUPS} groups left out in turn, add "
+        + ", ".join(f"{percent:.0f} % at {count:,}" for count, percent in extra)
+        + "."
+    )
     equal = all(difference == 0 for row in rows for difference in row["differences"]["float64"].values())
     sizes = ", ".join(f"{row['count']:,}" for row in rows)
     lines.append(

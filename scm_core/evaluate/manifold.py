@@ -194,8 +194,7 @@ def manifold_metrics(
     """
     real, other = _pair(real, fake, device, moments)
     parts = consecutive_groups(other.count, groups) if groups else []
-    left = [other.count - (part.stop - part.start) for part in parts]
-    least = min(left, default=other.count)
+    least = other.count - max((part.stop - part.start for part in parts), default=0)
     _require_neighbours(real.count, least, k, f" without one of {groups} groups" if groups else "")
     real.prepare(k, side=side)
     balls = Balls(other, real, other.radii(k, parts, side), real.nearest(k)[:, -1])
@@ -203,20 +202,15 @@ def manifold_metrics(
     for block in blocks(other, real, side):
         cross.add(block)
         balls.add(block)
-    inside, recalled = balls.holders > 0, balls.recalled.sum(dim=0).tolist()
-    errors: tuple[float, ...] = ()
-    if groups:
-        held = [int(inside.sum() - inside[part].sum()) for part in parts]
-        without = zip(held, left, recalled[1:], strict=True)
-        table = [[n / rest, m / real.count] for n, rest, m in without]
-        errors = jackknife_errors(torch.tensor(table, dtype=torch.float64))
+    errors = _errors(balls, parts)
     return ManifoldMetrics(
-        int(inside.sum()) / other.count,
-        recalled[0] / real.count,
-        int(balls.holders.sum()) / (k * other.count),
-        int(balls.covered.sum()) / real.count,
-        real.kernel_mean + other.kernel_mean - 2 * cross.value(),
-        *errors,
+        precision=int((balls.holders > 0).sum()) / other.count,
+        recall=int(balls.recalled[:, 0].sum()) / real.count,
+        density=int(balls.holders.sum()) / (k * other.count),
+        coverage=int(balls.covered.sum()) / real.count,
+        kid=real.kernel_mean + other.kernel_mean - 2 * cross.value(),
+        precision_se=errors.precision if errors else None,
+        recall_se=errors.recall if errors else None,
     )
 
 
@@ -254,6 +248,19 @@ def _pair(
     elif device is not None and torch.device(device) != real.features.device:
         real = real.to(device)
     return real, FeatureSet(fake.to(real.features.device), what="generated features", beside=real, moments=moments)
+
+
+def _errors(balls: Balls, groups: Sequence[slice]) -> PrecisionRecall | None:
+    """Standard errors of precision and recall; None without groups. The balls of real features stay as they are."""
+    if not groups:
+        return None
+    inside = balls.holders > 0
+    rest = [torch.cat([inside[: group.start], inside[group.stop :]]) for group in groups]
+    recalled = balls.recalled.sum(dim=0).tolist()[1:]
+    without = [
+        (int(held.sum()) / len(held), count / balls.real.count) for held, count in zip(rest, recalled, strict=True)
+    ]
+    return PrecisionRecall(*jackknife_errors(torch.tensor(without, dtype=torch.float64)))
 
 
 def _require_neighbours(real: int, fake: int, k: int, left: str = "") -> None:
