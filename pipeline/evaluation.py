@@ -27,10 +27,8 @@ from scm_core.evaluate import Reference, Subset, load_reference
 from scm_core.evaluate.extractors import Extractor
 from scm_core.evaluate.folder import ImageFolder
 from scm_core.evaluate.manifest import identities
-from scm_core.evaluate.manifold import precision_recall
 from scm_core.evaluate.protocol import evaluate
 from scm_core.evaluate.protocol import reference_of as make
-from scm_core.evaluate.resampling import grouped_jackknife
 from scm_core.evaluate.store import FeatureStore, StoreInUseError
 
 METRICS_CODE = ("scm_core/evaluate/*.py",)
@@ -136,13 +134,8 @@ def numbers(
     features: Tensor, reference: Reference, how: Evaluation, device: torch.device | None = None
 ) -> dict[str, float | None]:
     """Every number of generated features (N, D) against a reference, with the errors of precision and recall if asked for."""
-    found = evaluate(features, reference, how.neighbours, device=device)
-    errors: Sequence[float | None] = (None, None)
-    if how.groups:
-        real = reference.feature_set(device)
-        errors = grouped_jackknife(lambda part: precision_recall(real, part, how.neighbours), features, how.groups)
-    result = {key: value for key, value in found._asdict().items() if key != "samples"}
-    return {**result, "precision_se": errors[0], "recall_se": errors[1]}
+    found = evaluate(features, reference, how.neighbours, device=device, groups=how.groups)
+    return {key: value for key, value in found._asdict().items() if key != "samples"}
 
 
 def load_references(spaces: Sequence[str], folder: Path, dataset: str | None = None) -> dict[str, Reference]:

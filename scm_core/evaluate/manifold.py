@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from scm_core.evaluate.moments import Moments
 from scm_core.evaluate.neighbours import Balls, Nearest
 from scm_core.evaluate.pairs import Block, blocks
 from scm_core.evaluate.points import Points
+from scm_core.evaluate.resampling import consecutive_groups, jackknife_errors
 
 KERNEL_ROWS = {"cpu": 128, "cuda": 2048}  # rows of a block that are worked on at a time: they stay in the cache
 
@@ -24,13 +26,17 @@ class PrecisionRecall(NamedTuple):
 
 
 class ManifoldMetrics(NamedTuple):
-    """`PrecisionRecall`, density (≥ 0, 1 for equal distributions), coverage (in [0, 1]) and the squared kernel distance."""
+    """`PrecisionRecall`, density (≥ 0, 1 for equal distributions), coverage (in [0, 1]) and the squared kernel distance;
+    standard errors of precision and recall, if asked for.
+    """
 
     precision: float
     recall: float
     density: float
     coverage: float
     kid: float
+    precision_se: float | None = None
+    recall_se: float | None = None
 
 
 class FeatureSet(Points):
@@ -67,6 +73,21 @@ class FeatureSet(Points):
         """Compute `nearest(neighbours)` and, with `kernel`, `kernel_mean` in one pass over all pairs, unless known."""
         known = 0 if self._nearest is None else self._nearest.shape[1]
         nearest = Nearest(self, neighbours) if neighbours > known else None
+        self._add_pairs(nearest, kernel, side)
+        if nearest is not None:
+            self._nearest, _ = nearest.result()
+
+    def radii(self, k: int, groups: Sequence[slice], side: int | None = None) -> Tensor:
+        """Return the squared distances (N, 1 + G) to the k-th nearest other, of all and without each group, in float64.
+
+        −∞ for what is in the group itself. Computes `kernel_mean` in the same pass, unless known.
+        """
+        nearest = Nearest(self, k)
+        self._add_pairs(nearest, True, side)
+        found, without = nearest.result(groups)
+        return torch.cat([found[:, -1:], without], dim=1)
+
+    def _add_pairs(self, nearest: Nearest | None, kernel: bool, side: int | None) -> None:
         mean = KernelMean(self, self) if kernel and self._kernel_mean is None else None
         if nearest is None and mean is None:
             return
@@ -75,8 +96,6 @@ class FeatureSet(Points):
                 mean.add(block)
             if nearest is not None:
                 nearest.add(block)
-        if nearest is not None:
-            self._nearest = nearest.result()
         if mean is not None:
             self._kernel_mean = mean.value()
 
@@ -160,39 +179,46 @@ def manifold_metrics(
     device: torch.device | str | None = None,
     side: int | None = None,
     moments: Moments | None = None,
+    groups: int = 0,
 ) -> ManifoldMetrics:
     """Return precision, recall, density, coverage and KID of features real (M, D) and fake (N, D).
 
     Precision and recall: Kynkäänniemi et al. 2019, Eq. 1–2. Density and coverage: Naeem et al. 2020, Eq. 4–5. KID: see
-    `kid`. Balls reach to the k-th nearest other point of the own set, boundary included. Decisions are those of float64,
-    KID is as exact as `KernelMean`. A `FeatureSet` as `real` keeps what depends on it alone; `moments` of fake, if known,
-    save work. Runs on `device`, by default that of the real features; beside the features, memory holds a few blocks of
-    `side`² pairs and O(N + M) numbers. Raises `ValueError` for k < 1, sets of ≤ k points, unequal D or features that are
-    not finite.
+    `kid`. Balls reach to the k-th nearest other point of the own set, boundary included. With `groups`, precision and
+    recall have standard errors, from what they are without each of so many groups of consecutive generated samples
+    (`jackknife_errors`), of the same pass and as exact. Decisions are those of float64, KID is as exact as `KernelMean`.
+    A `FeatureSet` as `real` keeps what depends on it alone; `moments` of fake, if known, save work. Runs on `device`, by
+    default that of the real features; beside the features, memory holds a few blocks of `side`² pairs and O(N + M)
+    numbers for each group. Raises `ValueError` for k < 1, sets of ≤ k points (or that groups leave so few of), one group
+    or more than samples, unequal D or features that are not finite.
     """
     real, other = _pair(real, fake, device, moments)
-    _require_neighbours(real, other, k)
+    parts = consecutive_groups(other.count, groups) if groups else []
+    least = other.count - max((part.stop - part.start for part in parts), default=0)
+    _require_neighbours(real.count, least, k, f" without one of {groups} groups" if groups else "")
     real.prepare(k, side=side)
-    other.prepare(k, side=side)
-    balls = Balls(other, real, other.nearest(k)[:, -1], real.nearest(k)[:, -1])
+    balls = Balls(other, real, other.radii(k, parts, side), real.nearest(k)[:, -1])
     cross = KernelMean(other, real)
     for block in blocks(other, real, side):
         cross.add(block)
         balls.add(block)
+    errors = _errors(balls, parts)
     return ManifoldMetrics(
         precision=int((balls.holders > 0).sum()) / other.count,
-        recall=int(balls.recalled.sum()) / real.count,
+        recall=int(balls.recalled[:, 0].sum()) / real.count,
         density=int(balls.holders.sum()) / (k * other.count),
         coverage=int(balls.covered.sum()) / real.count,
         kid=real.kernel_mean + other.kernel_mean - 2 * cross.value(),
+        precision_se=errors.precision if errors else None,
+        recall_se=errors.recall if errors else None,
     )
 
 
 def precision_recall(real: Tensor | FeatureSet, fake: Tensor, k: int = 3) -> PrecisionRecall:
     """Return improved precision and recall alone, where the real features are; see `manifold_metrics`."""
     known, other = _pair(real, fake)
-    _require_neighbours(known, other, k)
-    balls = Balls(other, known, other.nearest(k)[:, -1], known.nearest(k)[:, -1])
+    _require_neighbours(known.count, other.count, k)
+    balls = Balls(other, known, other.nearest(k)[:, -1:], known.nearest(k)[:, -1])
     for block in blocks(other, known):
         balls.add(block)
     return PrecisionRecall(int((balls.holders > 0).sum()) / other.count, int(balls.recalled.sum()) / known.count)
@@ -224,8 +250,21 @@ def _pair(
     return real, FeatureSet(fake.to(real.features.device), what="generated features", beside=real, moments=moments)
 
 
-def _require_neighbours(real: FeatureSet, fake: FeatureSet, k: int) -> None:
+def _errors(balls: Balls, groups: Sequence[slice]) -> PrecisionRecall | None:
+    """Standard errors of precision and recall; None without groups. The balls of real features stay as they are."""
+    if not groups:
+        return None
+    inside = balls.holders > 0
+    rest = [torch.cat([inside[: group.start], inside[group.stop :]]) for group in groups]
+    recalled = balls.recalled.sum(dim=0).tolist()[1:]
+    without = [
+        (int(held.sum()) / len(held), count / balls.real.count) for held, count in zip(rest, recalled, strict=True)
+    ]
+    return PrecisionRecall(*jackknife_errors(torch.tensor(without, dtype=torch.float64)))
+
+
+def _require_neighbours(real: int, fake: int, k: int, left: str = "") -> None:
     if k < 1:
         raise ValueError(f"k must be ≥ 1, got {k}")
-    if min(real.count, fake.count) <= k:
-        raise ValueError(f"k-th neighbours need more than k = {k} samples of each, got {real.count} and {fake.count}")
+    if min(real, fake) <= k:
+        raise ValueError(f"k-th neighbours need more than k = {k} samples of each, got {real} and {fake}{left}")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,27 +46,46 @@ class Nearest:
         self.bounds[rows], chosen = values.topk(self.keep, largest=False)
         self.index[rows] = index.gather(1, chosen)
 
-    def result(self) -> Tensor:
-        """Return the squared distances (N, count), ascending, as float64 finds them from the differences.
+    def result(self, groups: Sequence[slice] = ()) -> tuple[Tensor, Tensor]:
+        """Return the squared distances (N, count), ascending, as float64 finds them from the differences, and those (N, G) to
+        the count-th nearest without each of the groups: −∞ for the features of the group itself.
 
         Of the kept, those whose lower bound is within the upper bound of the count-th are computed. They hold the
         nearest if the farthest of these is within the lower bounds of all that were not kept; else (many equal
-        distances) every distance of that feature is computed.
+        distances, or many neighbours of one group) every distance of that feature is computed.
         """
         assert self.products is not None
         points, bounds, scale, slack = self.points, self.bounds, self.products.scale, self.products.slack[0]
         upper = bounds + 2 * (slack[:, None] + slack[self.index])
-        i, j = (bounds <= upper[:, : self.count].amax(dim=1, keepdim=True)).nonzero(as_tuple=True)
+        limit = upper[:, : self.count].amax(dim=1)
+        for group in groups:
+            limit = torch.maximum(limit, self._others(upper, group)[:, -1])
+        i, j = (bounds <= limit[:, None]).nonzero(as_tuple=True)
         exact = torch.full_like(bounds, torch.inf)
         exact[i, j] = squared_distances(points, points, i, self.index[i, j])
         found = exact.sort(dim=1).values[:, : self.count].contiguous()
+        without = exact.new_empty(points.count, len(groups))
+        for g, group in enumerate(groups):
+            without[:, g] = self._others(exact, group)[:, -1]
         if self.keep < points.count - 1:
-            unsure = (found[:, -1] * scale**2 > bounds[:, -1].clamp(min=0)).nonzero().flatten()
+            farthest = torch.cat([found[:, -1:], without], dim=1).amax(dim=1)
+            unsure = (farthest * scale**2 > bounds[:, -1].clamp(min=0)).nonzero().flatten()
             for some in unsure.split(max(1, ALL_ELEMENTS // points.count)):
                 squared = distances_to_all(points, points, some)
                 squared[torch.arange(len(some), device=some.device), some] = torch.inf
                 found[some] = squared.topk(self.count, largest=False).values
-        return found
+                for g, group in enumerate(groups):
+                    left = torch.cat([squared[:, : group.start], squared[:, group.stop :]], dim=1)
+                    without[some, g] = left.topk(self.count, largest=False).values[:, -1]
+        for g, group in enumerate(groups):
+            without[group, g] = -torch.inf
+        return found, without
+
+    def _others(self, values: Tensor, group: slice) -> Tensor:
+        """The `count` smallest values (N, count) of kept neighbours outside of a group; for its own features, of all."""
+        inside = (self.index >= group.start) & (self.index < group.stop)
+        inside[group] = False
+        return values.masked_fill(inside, torch.inf).topk(self.count, largest=False).values
 
 
 def smallest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -85,6 +106,7 @@ def smallest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class Balls:
     """Which generated features lie in the balls of the real ones, and the other way round; boundaries belong to balls.
 
+    Generated features have C balls each, of squared radii (N, C), which count apart: those of a set and of parts of it.
     Distances that differ by what float64 rounds, (D + 8)·2⁻⁵² of them, count as equal.
     """
 
@@ -94,7 +116,8 @@ class Balls:
         self.fake_radii, self.real_radii = fake_radii, real_radii  # squared
         self.holders = torch.zeros(fake.count, dtype=torch.int64, device=device)  # real balls around each generated one
         self.covered = torch.zeros(real.count, dtype=torch.bool, device=device)  # has a generated one in its ball
-        self.recalled = torch.zeros(real.count, dtype=torch.bool, device=device)  # is in the ball of a generated one
+        # (M, C): is in the ball of a generated one
+        self.recalled = torch.zeros(real.count, fake_radii.shape[1], dtype=torch.bool, device=device)
 
     def add(self, block: Block) -> None:
         """Take the pairs of a block of the generated (rows) with the real ones (columns)."""
@@ -105,24 +128,34 @@ class Balls:
 
         def candidates(limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Pairs that may be within their limit, and the most that their distance can be."""
-            i, j = (lower <= (limits * block.scale**2).to(lower.dtype)).nonzero(as_tuple=True)
+            i, j = (lower <= scaled(limits)).nonzero(as_tuple=True)
             upper = lower[i, j] + 2 * (slack[0][i] + slack[1][j])
             return i, j, upper / block.scale**2
 
+        def scaled(limits: Tensor) -> Tensor:
+            return (limits * block.scale**2).to(lower.dtype)
+
         def within(i: Tensor, j: Tensor, limits: Tensor) -> Tensor:
-            """Whether pairs are within their limit, by their differences."""
+            """Whether pairs are within their limits (n, C), by their differences."""
             squared = squared_distances(self.fake, self.real, i + block.rows.start, j + block.columns.start)
-            return squared <= limits * (1 + (self.real.dim + 8) * 2.0**-52)
+            return squared[:, None] <= limits * (1 + (self.real.dim + 8) * 2.0**-52)
 
         i, j, upper = candidates(real_radii)
         inside = upper <= real_radii[j]
         unsure = (~inside).nonzero().flatten()
-        inside[unsure] = within(i[unsure], j[unsure], real_radii[j[unsure]])
+        inside[unsure] = within(i[unsure], j[unsure], real_radii[j[unsure], None])[:, 0]
         self.holders[block.rows] += torch.bincount(i[inside], minlength=len(lower))
         covered[j[inside]] = True
 
-        i, j, upper = candidates(fake_radii[:, None])
-        recalled[j[upper <= fake_radii[i]]] = True
-        open_ = ~recalled[j]
-        i, j = i[open_], j[open_]
-        recalled[j[within(i, j, fake_radii[i])]] = True
+        def recall(j: Tensor, inside: Tensor) -> None:
+            pair, ball = inside.nonzero(as_tuple=True)
+            recalled[j[pair], ball] = True
+
+        every = candidates(fake_radii.amax(dim=1, keepdim=True))
+        part = max(1, ALL_ELEMENTS // fake_radii.shape[1])
+        for i, j, upper in zip(*(of.split(part) for of in every), strict=True):
+            recall(j, upper[:, None] <= fake_radii[i])
+            possible = lower[i, j, None] <= scaled(fake_radii[i])
+            open_ = (possible & ~recalled[j]).any(dim=1)
+            i, j = i[open_], j[open_]
+            recall(j, within(i, j, fake_radii[i]))

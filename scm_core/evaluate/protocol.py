@@ -23,7 +23,8 @@ __all__ = ["Evaluation", "evaluate", "extract", "make_reference", "reference_of"
 
 
 class Evaluation(NamedTuple):
-    """All metrics of `samples` generated images against a reference; FID with its standard error and, where it is known, bias.
+    """All metrics of `samples` generated images against a reference; FID with its standard error and, where it is known, bias;
+    precision and recall with theirs, if asked for.
 
     See `frechet.frechet_with_error` and `manifold.manifold_metrics`.
     """
@@ -36,6 +37,8 @@ class Evaluation(NamedTuple):
     density: float
     coverage: float
     kid: float
+    precision_se: float | None
+    recall_se: float | None
     samples: int
 
 
@@ -123,12 +126,14 @@ def evaluate(
     neighbours: int = 3,
     expected: int | None = None,
     device: torch.device | str | None = None,
+    groups: int = 0,
 ) -> Evaluation:
     """Return every metric of generated features (N, D), made with the reference's extractor; k = `neighbours`.
 
-    `expected` is the N that there must be, as all metrics depend on it. Pairs are computed on `device`, by default
-    where the reference is; FID on the CPU, in float64. Raises `ValueError` for another N, another D, or features that
-    are not finite.
+    `groups`, if any, are left out in turn for the errors of precision and recall. `expected` is the N that there must be,
+    as all metrics depend on it. Pairs are computed on `device`, by default where the reference is; FID on the CPU, in
+    float64. Raises `ValueError` for another N, another D, too few samples for neighbours or groups, or features that are
+    not finite.
     """
     check_features(features_fake, reference.features.shape[1], "generated features")
     count = len(features_fake)
@@ -138,5 +143,6 @@ def evaluate(
     # With few samples the distance needs no root of the reference.
     root = reference.root if count > len(reference.mean) else None
     fid = frechet_with_error(features_fake, reference.moments, root, moments)
-    manifold = manifold_metrics(reference.feature_set(device), features_fake, neighbours, moments=moments)
+    real = reference.feature_set(device)
+    manifold = manifold_metrics(real, features_fake, neighbours, moments=moments, groups=groups)
     return Evaluation(fid.value, fid.se, fid.bias, *manifold, samples=count)

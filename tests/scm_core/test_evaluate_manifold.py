@@ -2,6 +2,7 @@
 """Precision, recall, density, coverage and KID against brute force, torch-fidelity and cases whose answer is known."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def in_float64(real: torch.Tensor, fake: torch.Tensor, k: int) -> tuple[float, f
     )
 
 
+def without_groups(real: torch.Tensor, fake: torch.Tensor, k: int, groups: int) -> tuple[float, ...]:
+    """Errors of precision and recall by the delete-a-group jackknife as it is defined: both again for every rest."""
+    edges = [round(g * len(fake) / groups) for g in range(groups + 1)]
+    rests = [torch.cat([fake[:start], fake[end:]]) for start, end in pairwise(edges)]
+    table = torch.tensor([in_float64(real, rest, k)[:2] for rest in rests], dtype=torch.float64)
+    variance = (groups - 1) / groups * (table - table.mean(dim=0)).square().sum(dim=0)
+    return tuple(variance.sqrt().tolist())
+
+
 def clusters(seed: int) -> torch.Tensor:
     """Four tight clusters far apart: float32 products have larger errors than the distances within one are."""
     centres = 100 * normal(4, 24, seed=99)
@@ -118,6 +128,74 @@ def test_every_decision_is_float64s(kind: str, k: int, products: str) -> None:
     assert manifold_metrics(real, fake, k)[:4] == expected
     assert manifold_metrics(real, fake, k, side=48)[:4] == expected
     assert manifold_metrics(fake, real[: len(real) // 2], k)[:4] == in_float64(fake, real[: len(real) // 2], k)
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize(("k", "groups"), [(1, 2), (3, 7)])
+def test_errors_are_those_of_leaving_groups_out(kind: str, k: int, groups: int, products: str) -> None:
+    real, fake = SETS[kind](0), SETS[kind](1)
+    expected = without_groups(real, fake, k, groups)
+    plain, result = manifold_metrics(real, fake, k), manifold_metrics(real, fake, k, groups=groups)
+    assert result[:4] == plain[:4]
+    assert result[5:] == expected  # to the last bit
+    assert plain[5:] == (None, None)
+    assert manifold_metrics(real, fake, k, side=48, groups=groups)[5:] == expected
+
+
+@pytest.mark.parametrize("spare", [8, 0])
+def test_errors_where_a_group_has_most_neighbours(spare: int, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters one after the other, whose parts in different groups are each other's nearest; without spare neighbours kept, too."""
+    monkeypatch.setattr(neighbours, "SPARE", spare)
+    order = torch.arange(160).reshape(40, 4).T.flatten()
+    real, fake = SETS["clusters"](0), SETS["clusters"](1)[order]
+    expected = without_groups(real, fake, 3, 7)
+    assert manifold_metrics(real, fake, 3, groups=7)[5:] == expected
+    assert min(expected) > 0
+    near = torch.cat([fake[:100], fake[:1] + 1e-3 * normal(60, 24, seed=2).float()])  # all of the last three groups
+    assert manifold_metrics(real, near, 3, groups=8)[5:] == without_groups(real, near, 3, 8)
+
+
+@pytest.mark.parametrize("wider", [0.0, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("kind", ["normal", "many dimensions", "clusters"])
+def test_radii_without_groups(kind: str, wider: float, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wider bounds hold as well, and leave more open: which of the kept are the nearest outside of a group, too."""
+    init = products_module.Products.__init__
+
+    def with_wider_bounds(self: products_module.Products, a: Points, b: Points) -> None:
+        init(self, a, b)
+        generator = torch.Generator().manual_seed(0)
+        more = wider * torch.rand(a.count, generator=generator, dtype=torch.float64)
+        self.slack = self.slack[0] + more, self.slack[1] + more
+
+    monkeypatch.setattr(products_module.Products, "__init__", with_wider_bounds)
+    points = SETS[kind](0)
+    groups = [slice(0, 70), slice(70, 75), slice(75, len(points))]
+    squared = torch.stack([(x - points.double()).square().sum(dim=1) for x in points.double()])
+    squared.fill_diagonal_(torch.inf)
+    expected = [squared.sort(dim=1).values[:, 2]]
+    for group in groups:
+        left = squared.clone()
+        left[:, group] = torch.inf
+        expected.append(left.sort(dim=1).values[:, 2])
+        expected[-1][group] = -torch.inf
+    torch.testing.assert_close(FeatureSet(points).radii(3, groups), torch.stack(expected, dim=1), rtol=1e-12, atol=0)
+
+
+def test_errors_with_a_group_for_each_sample() -> None:
+    real, fake = SETS["normal"](0), SETS["normal"](1)[:50]
+    assert manifold_metrics(real, fake, 1, groups=50)[5:] == without_groups(real, fake, 1, 50)
+
+
+def test_errors_take_no_more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor more than a few candidates at a time, where a block has many."""
+    reference, fake = FeatureSet(SETS["lattice"](0)), SETS["lattice"](1)
+    expected = manifold_metrics(reference, fake, groups=10)
+    passes: list[bool] = []
+    blocks = manifold.blocks
+    monkeypatch.setattr(manifold, "blocks", lambda a, b, side=None: passes.append(a is b) or blocks(a, b, side))
+    monkeypatch.setattr(neighbours, "ALL_ELEMENTS", 50)
+    assert manifold_metrics(reference, fake, groups=10) == expected
+    assert passes == [True, False]  # the generated set with itself, and with the reference
 
 
 def test_products_alone_would_decide_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +283,9 @@ def test_a_callers_low_precision_is_not_used_and_is_kept(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("kind", SETS)
 def test_a_gpu_decides_alike(kind: str) -> None:
     real, fake = SETS[kind](0), SETS[kind](1)
-    there, here = manifold_metrics(real, fake, device="cuda"), manifold_metrics(real, fake)
+    there, here = (manifold_metrics(real, fake, device=device, groups=7) for device in ("cuda", "cpu"))
     assert there[:4] == here[:4]
+    assert there[5:] == here[5:]
     assert there.kid == pytest.approx(here.kid, rel=1e-6)
 
 
@@ -264,7 +343,7 @@ def test_equal_distributions_have_the_expected_density_and_coverage() -> None:
     """
     n, m, k, repeats = 50, 30, 3, 400
     results = torch.tensor(
-        [manifold_metrics(normal(n, 3, seed=2 * s), normal(m, 3, seed=2 * s + 1), k) for s in range(repeats)]
+        [manifold_metrics(normal(n, 3, seed=2 * s), normal(m, 3, seed=2 * s + 1), k)[:4] for s in range(repeats)]
     )
     none_of_them = torch.tensor([(n - i) / (n + m - i) for i in range(1, k + 1)]).prod()
     for values, expected in ((results[:, 2], 1.0), (results[:, 3], 1 - float(none_of_them))):
@@ -327,6 +406,10 @@ def test_bad_input_is_refused() -> None:
         manifold_metrics(x, x * torch.inf)
     with pytest.raises(ValueError, match="more than k = 10"):
         manifold_metrics(x, x, k=10)
+    with pytest.raises(ValueError, match="more than k = 5 samples of each, got 10 and 5 without one of 2 groups"):
+        manifold_metrics(x, x, k=5, groups=2)
+    with pytest.raises(ValueError, match=r"groups: expected 2 to 10, .* got 11"):
+        manifold_metrics(x, x, groups=11)
     with pytest.raises(ValueError, match="too large to be squared"):
         manifold_metrics(x, x * 1e200)
     with pytest.raises(ValueError, match="need more than k = 10"):
