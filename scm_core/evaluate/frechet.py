@@ -187,6 +187,7 @@ def _coupling_of_few(features: Tensor, mean: Tensor, cov2: Tensor) -> _Coupling:
     eigenvalues, vectors = torch.linalg.eigh((product + product.T) / 2)
     _require_psd(eigenvalues, float(cov2.norm() * x.norm() ** 2) / (len(x) - 1), "second")
     roots = eigenvalues.clamp(min=0).sqrt()
+    roots[0] = 0  # as the rows of x add up to zero: what is computed is the root of a rounding error
     return _Coupling(float(roots.sum()), (len(x) - 1) * (vectors.square() @ roots), None)
 
 

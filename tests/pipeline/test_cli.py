@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,10 +161,8 @@ def test_finished_jobs_set_the_rate_of_the_others_of_their_stage(cli: Cli, tmp_p
 
 def test_the_plan_of_the_papers_table(cli: Cli) -> None:
     """Its totals are the sums of its jobs; a teacher's are its FLOPs over what its GPUs are reckoned to do; nothing heavy is loaded."""
-    started = time.monotonic()
     done = cli("plan", "reports/table2.csv", "--scale", "paper", "--json")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 5  # 0.6 s where nothing else runs
     found = json.loads(done.stdout)
     jobs = {job["name"]: job for job in found["jobs"]}
     assert len(jobs) == 36

@@ -6,6 +6,7 @@ elsewhere.
 """
 
 import re
+import shutil
 import time
 from typing import Any
 
@@ -138,6 +139,7 @@ def test_bad_site_settings(cluster: Any, text: str, words: str) -> None:
     assert not (cluster.root / "state/count").exists()
 
 
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="SLURM is installed here")
 def test_no_slurm_here(repo: Any) -> None:
     done = repo.run("first", "slurm")
     assert done.code == 1

@@ -129,7 +129,7 @@ def test_a_student_of_another_architecture_is_refused(teacher: Model) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "architecture: expected one of small, edm2, ddpmpp, mlp, vae, autoencoder_kl, got None"),
+        ({}, r"architecture: expected one of small, .*, got None"),
         ({**CONFIG, "depth": 1}, "architecture small: .*depth"),
     ],
 )

@@ -199,7 +199,7 @@ def test_misuse_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             SmallNet(**{**tiny, **change})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="architecture: expected one of small, edm2, ddpmpp, mlp, vae, got 'big'"):
+    with pytest.raises(ValueError, match=r"architecture: expected one of small, .*, got 'big'"):
         build_network({**CONFIG, "architecture": "big"})
     with pytest.raises(ValueError, match=r"architecture small: .*depth"):
         build_network({**CONFIG, "depth": 3})
