@@ -3,9 +3,8 @@
 
 Features of 2048 dimensions, made up: rectified, correlated, with a decaying spectrum. Everything runs on one thread of one core, and what
 is compared takes turns in one run. fid: the trace term, and the whole of it for one set. pairs: precision, recall, density, coverage and
-KID of whole sets (what torch-fidelity calls PRC and KID, with one subset of everything; prdc has no KID). errors: what standard errors
-of precision and recall add to that. memory: the peak of a fresh process. gpu: 50,000 × 50,000 pairs, where there is a GPU. The page adds
-up a sweep of 20 sets against one reference.
+KID of whole sets (what torch-fidelity calls PRC and KID, with one subset of everything; prdc has no KID). memory: the peak of a fresh
+process. gpu: 50,000 × 50,000 pairs, where there is a GPU. The page adds up a sweep of 20 sets against one reference.
 
 At 50,000 samples: times of pairs by bN + cN² through what was measured, those of FID by a line, memory by a line or a parabola. Without the
 package prdc its column stays empty. Sections that are not named keep their results. Writes benchmarks/results/evaluation.json and .md.
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from page_evaluation import DIM, FULL, GROUPS, NAMES, NEIGHBOURS, markdown  # noqa: E402
+from page_evaluation import DIM, FULL, NAMES, NEIGHBOURS, markdown  # noqa: E402
 from report import RESULTS, arguments_of, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -187,19 +186,6 @@ def pairs_row(count: int) -> dict[str, Any]:
     return {"count": count, "seconds": seconds, "values": results["ours"], "differences": differences}
 
 
-def errors() -> dict[str, Any]:
-    """Seconds of pairs with a prepared reference, without errors of precision and recall and with them."""
-    rows = []
-    for count in SIZES[1:]:
-        real, fake = features(count, 0), features(count, 1)
-        reference, moments = FeatureSet(real, moments=Moments.of(real)), Moments.of(fake)
-        reference.prepare(NEIGHBOURS)
-        way = partial(manifold_metrics, reference, fake, NEIGHBOURS, moments=moments)
-        seconds, _ = in_turns({"without": way, "with": partial(way, groups=GROUPS)}, 5)
-        rows.append({"count": count, **seconds})
-    return {"on": provenance(), "rows": rows}
-
-
 # ---- memory ------------------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +264,7 @@ def provenance() -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[], Any]] = {
-    "fid": fid, "pairs": pairs, "errors": errors, "memory": memory, "gpu": gpu,
+    "fid": fid, "pairs": pairs, "memory": memory, "gpu": gpu,
 }  # fmt: skip
 
 

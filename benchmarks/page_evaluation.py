@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-DIM, NEIGHBOURS, GROUPS, POINTS = 2048, 3, 10, 20
+DIM, NEIGHBOURS, POINTS = 2048, 3, 20
 FULL = 50_000
 TARGETS = {"trace": 3.0, "pairs": 4.0, "sweep": 3.0}  # times faster
 MEMORY_TARGET, GPU_TARGET = 1.5, 2.0  # GB, seconds
@@ -66,7 +66,6 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *fid_page(report["fid"]),
         *pairs_page(report["pairs"]),
-        *errors_page(report["errors"]),
         *sweep_page(report["fid"], report["pairs"]),
         *memory_page(report["memory"]),
         *gpu_page(report["gpu"]),
@@ -151,23 +150,6 @@ def pairs_page(result: dict[str, Any]) -> list[str]:
     if "prdc" not in ways:
         lines.append("- prdc was not installed: not measured.")
     return [*lines, ""]
-
-
-def errors_page(result: dict[str, Any]) -> list[str]:
-    """Standard errors of precision and recall."""
-    times = "; ".join(
-        f"{row['count']:,}: {row['without']:.2f} without, {row['with']:.2f} with" for row in result["rows"]
-    )
-    ratios = series(result["rows"], lambda row: row["with"] / row["without"])
-    return [
-        "## Errors of precision and recall",
-        "",
-        f"From {GROUPS} groups left out in turn, in the same pass. Reference and moments known, in turns, measured on "
-        f"{described(result['on'])}. {times}: "
-        + ", ".join(f"**{ratio:.2f}** times as long at {count:,}" for count, ratio in ratios)
-        + ".",
-        "",
-    ]
 
 
 def sweep_page(of_fid: dict[str, Any], of_pairs: dict[str, Any]) -> list[str]:
