@@ -69,7 +69,7 @@ def prepare(job: "Job") -> Path:
     from pipeline.execute import set_threads
 
     # submitit's process imports numpy before our code runs, and numeric libraries read these when they are loaded.
-    set_threads(job.resources.threads)
+    set_threads(job.resources.threads_each)
     home = str(Path(pipeline.__file__).resolve().parents[1])
     known = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != home]
     os.environ["PYTHONPATH"] = os.pathsep.join([home, *known])

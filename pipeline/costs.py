@@ -85,6 +85,13 @@ class Resources:
     """Expected size of the output."""
     scratch_bytes: int
     """Expected size of what lies on disk while it runs and is removed after it: checkpoints, features."""
+    processes: int = 1
+    """Processes that share the threads."""
+
+    @property
+    def threads_each(self) -> int:
+        """Threads of one process."""
+        return max(1, self.threads // self.processes)
 
 
 def _resources(
@@ -104,7 +111,7 @@ def _resources(
     if hardware and gpus:
         minutes = min(minutes, math.floor(60 * hardware.time_limit_hours))
         threads, memory = gpus * hardware.cpus_per_gpu, int(gpus * hardware.host_memory_per_gpu_gb * 1024)
-    return Resources(threads, memory, gpus, minutes, round(total, 1), size, work)
+    return Resources(threads, memory, gpus, minutes, round(total, 1), size, work, processes)
 
 
 def _of_slot(

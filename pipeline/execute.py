@@ -160,7 +160,7 @@ def _compute(
 
     folder = paths.job_folder(job)
     cpu = time.process_time()
-    set_threads(job.resources.threads)
+    set_threads(job.resources.threads_each)
     stage = importlib.import_module(f"pipeline.stages.{job.stage}")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(job.resources.threads)

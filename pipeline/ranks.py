@@ -90,7 +90,7 @@ def run_rank(job: "Job", params: "Params") -> int:
 
     from pipeline.execute import context_of, set_threads
 
-    set_threads(job.resources.threads)
+    set_threads(job.resources.threads_each)
     try:
         inputs = manifest.read_inputs(job)
         mark = manifest.fingerprint(job, params, inputs)

@@ -186,8 +186,8 @@ def _coupling_of_few(features: Tensor, mean: Tensor, cov2: Tensor) -> _Coupling:
     product = x @ cov2 @ x.T / (len(x) - 1)
     eigenvalues, vectors = torch.linalg.eigh((product + product.T) / 2)
     _require_psd(eigenvalues, float(cov2.norm() * x.norm() ** 2) / (len(x) - 1), "second")
-    roots = eigenvalues.clamp(min=0).sqrt()
-    roots[0] = 0  # as the rows of x add up to zero: what is computed is the root of a rounding error
+    roots, positive = _positive_roots(eigenvalues)  # at least one is a zero, as the rows of x add up to it
+    vectors = vectors[:, positive]
     return _Coupling(float(roots.sum()), (len(x) - 1) * (vectors.square() @ roots), None)
 
 

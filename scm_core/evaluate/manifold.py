@@ -153,19 +153,19 @@ class KernelMean:
     def add(self, block: Block) -> None:
         """Take the pairs of a block."""
         dtype = block.gram.dtype if self.apart else torch.float64
-        row = (3 * block.a.alpha[block.rows] + (0.0 if self.apart else 3 * self.constant)).to(dtype)
-        column = (3 * block.b.alpha[block.columns]).to(dtype)
-        factor = 1 / (self.dim * block.scale**2)
+        factor = 1 / (self.dim * block.scale**2)  # q over the product: taken out, as q³ may be out of float32's range
+        row = ((3 * block.a.alpha[block.rows] + (0.0 if self.apart else 3 * self.constant)) / factor).to(dtype)
+        column = (3 * block.b.alpha[block.columns] / factor).to(dtype)
         found = torch.zeros((), dtype=torch.float64, device=row.device)
         height = KERNEL_ROWS[block.a.kind]
         for start in range(0, len(row), height):
             part = slice(start, start + height)
-            q = block.gram[part].to(dtype) * factor
+            gram = block.gram[part].to(dtype, copy=block.diagonal)
             if block.diagonal:
-                q.diagonal(start).zero_()
-            weight = (q + column).add_(row[part, None]).mul_(q)
-            found += torch.linalg.vecdot(weight, q).double().sum()
-        self.pairwise += float(found) * (2 if block.within and not block.diagonal else 1)
+                gram.diagonal(start).zero_()
+            weight = (gram + column).add_(row[part, None]).mul_(gram)
+            found += torch.linalg.vecdot(weight, gram).double().sum()
+        self.pairwise += float(found) * factor**3 * (2 if block.within and not block.diagonal else 1)
 
     def value(self) -> float:
         """The mean over all pairs."""

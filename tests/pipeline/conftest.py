@@ -52,6 +52,7 @@ from pipeline.errors import RegistryError
 @dataclass(frozen=True)
 class Resources:
     threads: int = 1
+    threads_each: int = 1
     memory_mb: int = 200
     gpus: int = 0
     minutes: int = 1
