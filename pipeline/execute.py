@@ -163,7 +163,7 @@ def _compute(
     set_threads(job.resources.threads_each)
     stage = importlib.import_module(f"pipeline.stages.{job.stage}")
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(job.resources.threads)
+        sys.modules["torch"].set_num_threads(job.resources.threads_each)
     run = open_run(job, params, inputs, mark, code, launcher, job_id, resumed=len(attempts.read(job)) > 1)
     try:
         stage.run(context_of(job, params, inputs, mark, folder, run, show, code["code"]))
