@@ -15,7 +15,6 @@ the gradients.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from bench_step_cost import SIGMA_DATA, Network, cpu_model, demo, edm2_xs, memory_mb  # noqa: E402
-from report import RESULTS, arguments_of, write  # noqa: E402
+from report import RESULTS, arguments_of, measure  # noqa: E402
 from torch import nn  # noqa: E402
 
 from scm_core.nn.build import build_network, count_parameters  # noqa: E402
@@ -192,14 +191,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a checkpoint costs the training that goes on.")
     arguments = arguments_of(parser, "network", NETWORKS)
     torch.set_num_threads(1)
-    path = RESULTS / "checkpoint.json"
-    report = json.loads(path.read_text()) if path.exists() and arguments.networks else {}
-    for name in arguments.networks or NETWORKS:
+
+    def in_a_folder(name: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            report[name] = run(name, Path(folder) / "checkpoints")
-        report = {known: report[known] for known in NETWORKS if known in report}
-        write(report, path, markdown)
-    print(markdown(report))
+            return run(name, Path(folder) / "checkpoints")
+
+    measure(NETWORKS, arguments.networks, in_a_folder, RESULTS / "checkpoint.json", markdown)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ an eighth on 256×256; random weights. Writes benchmarks/results/encoding.json a
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from bench_step_cost import cpu_model  # noqa: E402
-from report import RESULTS, arguments_of, write  # noqa: E402
+from report import RESULTS, arguments_of, measure  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from scm_core.autoencoder_kl import KNOWN  # noqa: E402
@@ -197,14 +196,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What encoding a data set costs beyond the autoencoder.")
     arguments = arguments_of(parser, "case", CASES)
     torch.set_num_threads(1)
-    path = RESULTS / "encoding.json"
-    report = json.loads(path.read_text()) if path.exists() and arguments.cases else {}
-    for name in arguments.cases or CASES:
+
+    def in_a_folder(name: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            report[name] = run(CASES[name], Path(folder) / "images")
-        report = {known: report[known] for known in CASES if known in report}
-        write(report, path, markdown)
-    print(markdown(report))
+            return run(CASES[name], Path(folder) / "images")
+
+    measure(CASES, arguments.cases, in_a_folder, RESULTS / "encoding.json", markdown)
 
 
 if __name__ == "__main__":

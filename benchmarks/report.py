@@ -20,6 +20,22 @@ def arguments_of(parser: argparse.ArgumentParser, kind: str, names: Collection[s
     return arguments
 
 
+def measure(
+    cases: Mapping[str, Any],
+    chosen: Collection[str],
+    run: Callable[[str], Any],
+    path: Path,
+    markdown: Callable[[Any], str],
+) -> None:
+    """Run the chosen cases, or all, and write the results after each, in the cases' order; those that are not named keep theirs."""
+    report = json.loads(path.read_text()) if path.exists() and chosen else {}
+    for name in chosen or cases:
+        report[name] = run(name)
+        report = {known: report[known] for known in cases if known in report}
+        write(report, path, markdown)
+    print(markdown(report))
+
+
 def write(report: Mapping[str, Any], path: Path, markdown: Callable[[Any], str]) -> None:
     """The results as JSON at `path`, and as a page beside it."""
     path.parent.mkdir(exist_ok=True)

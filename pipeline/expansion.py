@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.autoencoders import PretrainedVae, described_by
 from pipeline.job import REPORT_SLOT, Axes, Point, figure7_students, table2_students
-from pipeline.params import Params
+from pipeline.params import Params, Slot
 
 
 def slots(params: Params) -> Axes:
@@ -96,13 +97,18 @@ def reference_keys(point: Point) -> tuple[str, ...]:
     return (*drawn, ".evaluation.spaces")
 
 
-def evaluations(point: Point) -> dict[str, Path]:
-    """Every evaluation of a report's slot, as evaluate-<size>-<method>."""
+def _evaluations_of(point: Point, shown: Callable[[Slot, str], list[str]]) -> dict[str, Path]:
+    """The evaluations of a slot's teachers and of the students that are `shown` of a size, as evaluate-<size>-<method>."""
     return {
         f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
         for size in point.slot.sizes
-        for method in ("teacher", *table2_students(point.slot, size))
+        for method in ("teacher", *shown(point.slot, size))
     }
+
+
+def evaluations(point: Point) -> dict[str, Path]:
+    """Those that Table 2 and Figure 2 are about."""
+    return _evaluations_of(point, table2_students)
 
 
 def every_evaluation(point: Point) -> dict[str, Path]:
@@ -116,12 +122,8 @@ def every_evaluation(point: Point) -> dict[str, Path]:
 
 
 def guided_evaluations(point: Point) -> dict[str, Path]:
-    """The evaluations of teachers and of the students that Figure 7 shows, as evaluate-<size>-<method>."""
-    return {
-        f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
-        for size in point.slot.sizes
-        for method in ("teacher", *figure7_students(point.slot, size))
-    }
+    """Those that Figure 7 is about."""
+    return _evaluations_of(point, figure7_students)
 
 
 def figure2_inputs(point: Point) -> dict[str, Path]:

@@ -7,7 +7,6 @@ their cache, under keys that hold the meaning of the code.)
 """
 
 import shutil
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from pipeline import attempts, manifest, paths
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.provenance import code_state, flat, sources_digest
+from scm_core.disk import warn
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -89,8 +89,3 @@ def set_aside(job: "Job", mark: str, old: str) -> None:
     folder.rename(aside)
     what = f"what {job.name} had was made with other parameters or inputs ({old[:8]}, now {mark[:8]})"
     warn(f"{what}: not used, set aside in {paths.relative(aside)}")
-
-
-def warn(text: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,6 @@ from scm_core.disk import failure
 from scm_core.train.lock import HeldError, exclusive
 
 SHORTEST, LONGEST, PATIENCE = 0.05, 2.0, 300.0  # seconds: between looks at what others make, and until it is said who
-
-
-def warn(message: str) -> None:
-    """A warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, their digests, canonical JSON, and an operating system's errors as sentences with a remedy.
+"""Files that are whole or not there, their digests and names, canonical JSON, and errors and warnings as sentences.
 
 It imports the standard library alone, so that processes that have to stay small may import it.
 """
@@ -13,6 +13,8 @@ import os
 import secrets
 import shutil
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ class StoreError(ValueError):
     """A store that cannot be used or not be written, or items that do not belong in it; the message names file and remedy."""
 
 
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def failure(path: Path, error: OSError, doing: str, stays: str) -> StoreError:
     """An operating system's error as one sentence: what failed, why, the remedy, and what is not lost."""
     remedy = REMEDIES.get(error.errno or 0, "look after the disk")
@@ -47,6 +54,27 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def visible_files(top: Path) -> Iterator[str]:
+    """The paths of all files below `top`, relative to it, with slashes, in no order; what begins with a dot is left out.
+
+    Links are followed. Raises BadFileError for a folder that cannot be read, and for one that is reached twice.
+    """
+    seen = set()
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out
+        raise BadFileError(f"{error.filename}: cannot be read: {error.strerror}; make the folder readable") from error
+
+    for parent, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            raise BadFileError(f"{parent}: is reached a second time through a link; remove the link")
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(parent, top)
+        for name in files:
+            if not name.startswith("."):
+                yield name if inside == "." else f"{inside}/{name}".replace(os.sep, "/")
 
 
 def sync(path: Path) -> None:

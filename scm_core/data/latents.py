@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class LatentStore:
 
     `mean`, `std` (N, C, h, w) float32, in memory or mapped (`Sharded`); `labels` (N,) int64; `channel_mean`, `channel_std` (C,) float32;
     `sigma_data` > 0; `name` of the image set. `ValueError` if types or shapes disagree, or the scaling is not finite and positive. The
-    values of `mean` and `std`, which may be larger than memory, are not looked at: `encode_images` checks what it makes.
+    values of `mean` and `std`, which may be larger than memory, are not looked at: `checked_std` does, when they are made.
     """
 
     mean: Tensor | Sharded
@@ -103,17 +103,27 @@ def latent_store(
     channel_std: Tensor | None = None,
 ) -> LatentStore:
     """Build a `LatentStore`, with the given channel scaling or with the one measured over the set (`ChannelMoments`)."""
+    parts: Iterable[tuple[Tensor, Tensor]]
+    if isinstance(mean, Tensor) and isinstance(std, Tensor):
+        parts = [(mean, std)]
+    else:
+        parts = zip(mean.split(PART), std.split(PART), strict=True)
+    scaling = _scaling(parts, channel_mean, channel_std)
+    return LatentStore(mean, std, labels, *scaling, float(sigma_data), name)
+
+
+def _scaling(
+    parts: Iterable[tuple[Tensor, Tensor]], channel_mean: Tensor | None, channel_std: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The channels' mean and standard deviation (C,) float32: the given ones, or those of latents whose mean and std come in `parts`."""
     if (channel_mean is None) != (channel_std is None):
         raise ValueError("channel_mean and channel_std must be given both or neither")
     if channel_mean is None or channel_std is None:
         moments = ChannelMoments()
-        if isinstance(mean, Tensor) and isinstance(std, Tensor):
+        for mean, std in parts:
             moments.update(mean, std)
-        else:
-            for means, stds in zip(mean.split(PART), std.split(PART), strict=True):
-                moments.update(means, stds)
         channel_mean, channel_std = moments.mean, moments.std
-    return LatentStore(mean, std, labels, channel_mean.float(), channel_std.float(), float(sigma_data), name)
+    return channel_mean.float(), channel_std.float()
 
 
 class ChannelMoments:
@@ -188,14 +198,9 @@ def finish_latents(
     channel_std: Tensor | None = None,
 ) -> None:
     """Publish a filled store of latents with `labels` (N,) int64 and the given channel scaling, or the one measured over its shards."""
-    if (channel_mean is None) != (channel_std is None):
-        raise ValueError("channel_mean and channel_std must be given both or neither")
-    if channel_mean is None or channel_std is None:
-        moments = ChannelMoments()
-        for shard in writer.shard_arrays():
-            moments.update(torch.from_numpy(shard["mean"]), torch.from_numpy(shard["std"]))
-        channel_mean, channel_std = moments.mean, moments.std
-    small = {"channel_mean": channel_mean.float(), "channel_std": channel_std.float(), "labels": labels}
+    parts = ((torch.from_numpy(shard["mean"]), torch.from_numpy(shard["std"])) for shard in writer.shard_arrays())
+    mean, std = _scaling(parts, channel_mean, channel_std)
+    small = {"channel_mean": mean, "channel_std": std, "labels": labels}
     writer.finish({key: value.numpy() for key, value in small.items()}, {"name": name, "sigma_data": float(sigma_data)})
 
 

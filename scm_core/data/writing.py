@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from scm_core.claims import claimed, warn, work_off
+from scm_core.claims import claimed, work_off
 from scm_core.data.shards import FORMAT, INDEX, Field, array_file, files_of, read_index, shard_file
-from scm_core.disk import StoreError, draft, failure, replace_file, require_space, sync
+from scm_core.disk import StoreError, draft, failure, replace_file, require_space, sync, warn
 from scm_core.train.lock import HeldError
 
 SHARD_BYTES = 128 << 20  # of an item's fields together: a minute lost by a kill, and enough shards for many processes

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scm_core.disk import StoreError, failure, replace_file
+from scm_core.disk import StoreError, failure, replace_file, visible_files
 
 COLOURS = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGB with alpha"}  # of PNG's header
 CHANNELS = {"L": 1, "RGB": 3}
@@ -93,23 +93,12 @@ class ImageFolder:
 
 def _listed(top: Path) -> list[str]:
     """The paths of all images below `top`, relative to it; ValueError for anything that is not a PNG file by its name."""
-    names, seen = [], set()
-
-    def refuse(error: OSError) -> None:  # os.walk would leave the folder out
-        raise ValueError(f"{error.filename}: cannot be read: {error.strerror}; make the folder readable") from error
-
-    for parent, folders, files in os.walk(top, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            raise ValueError(f"{parent}: is reached a second time through a link; remove the link")
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith("."):
-                continue
-            path = Path(parent, name)
-            if path.suffix.lower() != ".png":
-                raise _foreign(path, path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"))
-            names.append(path.relative_to(top).as_posix())
+    names = []
+    for name in visible_files(top):
+        path = top / name
+        if path.suffix.lower() != ".png":
+            raise _foreign(path, path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"))
+        names.append(name)
     return names
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scm_core.claims import warn as _warn
 from scm_core.claims import work_off
-from scm_core.disk import StoreError, failure, replace_file
+from scm_core.disk import StoreError, failure, replace_file, warn
 from scm_core.evaluate.chunks import Chunks, Layout
 from scm_core.evaluate.filling import STAYS, Filler, Images
 from scm_core.evaluate.folder import KeptImages
@@ -48,7 +47,7 @@ class FeatureStore:
         manifest: Mapping[str, Any],
         count: int,
         chunk: int,
-        warn: Callable[[str], None] = _warn,
+        warn: Callable[[str], None] = warn,
     ) -> None:
         self.manifest: dict[str, Any] = json.loads(manifest_json(manifest))
         self.key = manifest_key(self.manifest)

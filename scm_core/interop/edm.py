@@ -90,14 +90,7 @@ def _shape(net: Network, resolution: int) -> dict[str, Any]:
     blocks = [name for name in net.parts("model.enc") if "_block" in name]
     if others := [name for name in net.parts("model.enc") if "_aux" in name]:
         raise RefusedError(f"{net.path}: the network is an NCSN++ ({others[0]}); only DDPM++ can be imported")
-    levels: dict[int, int] = {}
-    attentive = set()
-    for name in blocks:
-        side = int(name.partition("x")[0]) if name.partition("x")[0].isdecimal() else 0
-        outputs, *_ = net.shape(f"model.enc.{name}.conv0.weight")
-        levels.setdefault(side, outputs)
-        if net.has(f"model.enc.{name}.qkv.weight"):
-            attentive.add(side)
+    levels, attentive = net.levels("model.enc", blocks, "conv0", "qkv")
     width, *_ = net.shape(f"model.enc.{resolution}x{resolution}_conv.weight")
     sides = [resolution >> level for level in range(len(levels))]
     uneven = any(outputs % width for outputs in levels.values())
@@ -107,7 +100,7 @@ def _shape(net: Network, resolution: int) -> dict[str, Any]:
         "width": width,
         "multipliers": [outputs // width for outputs in levels.values()],
         "blocks": len(blocks) // len(levels),
-        "attention_resolutions": sorted(attentive, reverse=True),
+        "attention_resolutions": attentive,
         "noise_channels": net.count("model.map_noise", "num_channels"),
     }
 

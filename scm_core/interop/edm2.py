@@ -84,15 +84,9 @@ def read_edm2(path: str | Path) -> Teacher:
 
 def _shape(net: Network, resolution: int) -> dict[str, Any]:
     """Width, multipliers, blocks and attention, as names and tensors of the encoder show them."""
-    blocks = {name: part for name, part in net.parts("unet.enc").items() if "_block" in name}
-    levels: dict[int, int] = {}
-    attentive, heads = [], set()
-    for name in blocks:
-        side = int(name.partition("x")[0]) if name.partition("x")[0].isdecimal() else 0
-        outputs, *_ = net.shape(f"unet.enc.{name}.conv_res0.weight")
-        levels.setdefault(side, outputs)
-        if net.has(f"unet.enc.{name}.attn_qkv.weight"):
-            attentive.append(side)
+    blocks = [name for name in net.parts("unet.enc") if "_block" in name]
+    levels, attentive = net.levels("unet.enc", blocks, "conv_res0", "attn_qkv")
+    heads = set()
     for stack in ("enc", "dec"):
         for name in net.parts(f"unet.{stack}"):
             if net.has(f"unet.{stack}.{name}.attn_qkv.weight"):
@@ -106,7 +100,7 @@ def _shape(net: Network, resolution: int) -> dict[str, Any]:
         "width": width,
         "multipliers": [outputs // width for outputs in levels.values()],
         "blocks": len(blocks) // len(levels),
-        "attention_resolutions": sorted(set(attentive), reverse=True),
+        "attention_resolutions": attentive,
         "head_channels": int(heads.pop()),
     }
 

@@ -78,6 +78,19 @@ class Network:
         """The submodules of a part, by name, in order."""
         return {key: value for key, value in _group(self.part(name), "_modules").items() if isinstance(value, Stored)}
 
+    def levels(self, stack: str, blocks: Iterable[str], conv: str, attention: str) -> tuple[dict[int, int], list[int]]:
+        """Of a stack's `blocks`: what channels `conv` gives at each side, in order, and the sides with `attention`, descending."""
+        channels: dict[int, int] = {}
+        attentive = set()
+        for name in blocks:
+            first = name.partition("x")[0]
+            side = int(first) if first.isdecimal() else 0
+            outputs, *_ = self.shape(f"{stack}.{name}.{conv}.weight")
+            channels.setdefault(side, outputs)
+            if self.has(f"{stack}.{name}.{attention}.weight"):
+                attentive.add(side)
+        return channels, sorted(attentive, reverse=True)
+
     def number(self, part: str, name: str, default: float | None = None) -> float:
         """A number that a part (the network itself: "") holds beside its tensors."""
         module = self.part(part) if part else self.module

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scm_core.disk import REMEDIES, file_digest, replace_file, sync
+from scm_core.disk import REMEDIES, file_digest, replace_file, sync, warn
 from scm_core.train.lock import HeldError, exclusive
 from scm_core.train.writer import Background, Buffers, write_tensors
 
@@ -38,10 +37,6 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def _iteration(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -49,7 +44,7 @@ def _iteration(path: Path) -> int:
 class CheckpointStore:
     """The checkpoints of one run in a folder, the last `keep` of them. One process writes, any number may read."""
 
-    def __init__(self, folder: Path, keep: int = 2, warn: Callable[[str], None] = _warn) -> None:
+    def __init__(self, folder: Path, keep: int = 2, warn: Callable[[str], None] = warn) -> None:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, got {keep}")
         self.folder, self.keep, self.warn = Path(folder), keep, warn

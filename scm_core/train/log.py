@@ -7,17 +7,14 @@ A line is {"iteration": …, "nimg": …, "time": …, scalars by name}; `time` 
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from scm_core.disk import warn
+
 OWN = ("iteration", "nimg", "time")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class JsonlLog:
@@ -27,9 +24,7 @@ class JsonlLog:
     lines are kept and written when there is room. `now` gives the time.
     """
 
-    def __init__(
-        self, path: Path, message: Callable[[str], None] = _warn, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, path: Path, message: Callable[[str], None] = warn, now: Callable[[], float] = time.time) -> None:
         self.path, self._message, self._now = path, message, now
         self._end: int | None = None  # bytes of the file that are whole lines; None before the start
         self._waiting = b""  # lines that the disk has not taken

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from pipeline.context import Context
 from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.params import Params, read_yaml, validate
+from pipeline.ranks import Silent
 from pipeline.results import read
 from pipeline.stages import dataset, evaluate, evaluations, features, reference
 from pipeline.tables import measured_points
@@ -33,19 +34,6 @@ from scm_core.nn.build import build_network, save_model
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = {"slot": "pixel_cond"}
 TEACHER = {**SLOT, "size": "S", "method": "teacher"}
-
-
-class Tracker:
-    """Keeps nothing."""
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        pass
-
-    def set_tag(self, key: str, value: str) -> None:
-        pass
 
 
 def smallest() -> dict[str, Any]:
@@ -73,7 +61,7 @@ def context(job: Job, params: Params, root: Path) -> Context:
     work.mkdir(parents=True, exist_ok=True)
     inputs = {name: root / path for name, path in job.inputs.items()}
     file = work / "progress.json"
-    return Context(job, params, inputs, out, work, Tracker(), f"{job.name}-0", {}, file, False)
+    return Context(job, params, inputs, out, work, Silent(), f"{job.name}-0", {}, file, False)
 
 
 def publish(root: Path, job: Job) -> Path:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.job import Job
 from pipeline.modelling import Decoder, load_vae
 from pipeline.params import Params, read_yaml, validate
 from pipeline.paths import MANIFEST
+from pipeline.ranks import Silent
 from pipeline.stages import dataset, evaluate, features, latents, reconstruction, reference, student, teacher, vae
 from pipeline.tables import floor_note
 from scm_core.autoencoder_kl import KNOWN, AutoencoderKL
@@ -46,19 +46,6 @@ STAGES = {
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATISTICS = {"mean": [0.25, -0.5, 0.0, 1.0], "std": [1.5, 0.5, 2.0, 1.0]}
-
-
-class Tracker:
-    """Keeps nothing."""
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        pass
-
-    def set_tag(self, key: str, value: str) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +118,7 @@ def context_of(root: Path, params: Params, job: Job) -> Context:
     work.mkdir(parents=True, exist_ok=True)
     inputs = {name: root / path for name, path in job.inputs.items()}
     runs = {name: f"{name}-01234567" for name in inputs}
-    return Context(job, params, inputs, out, work, Tracker(), f"{job.name}-0", runs, work / "progress.json", False)
+    return Context(job, params, inputs, out, work, Silent(), f"{job.name}-0", runs, work / "progress.json", False)
 
 
 def test_from_images_to_samples_and_the_floor(repository: Path, published: Path, section: dict[str, Any]) -> None:

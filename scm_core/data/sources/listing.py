@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scm_core.data.sources.pixels import ImageError, pixels
-from scm_core.disk import BadFileError
+from scm_core.disk import BadFileError, visible_files
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 NAMED = 5  # files named in an error
@@ -163,24 +163,12 @@ def image_names(top: Path) -> Iterator[str]:
 
     Raises BadFileError for anything else there, so that no image is left out by its name.
     """
-    seen = set()
-
-    def refuse(error: OSError) -> None:  # os.walk would leave the folder out
-        raise BadFileError(f"{error.filename}: cannot be read: {error.strerror}; make the folder readable") from error
-
-    for parent, folders, files in os.walk(top, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            raise BadFileError(f"{parent}: is reached a second time through a link; remove the link")
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(parent, top)
-        for name in files:
-            if not name.startswith(".") and not (inside == "." and name == "dataset.json"):
-                if os.path.splitext(name)[1].lower() not in SUFFIXES:
-                    raise BadFileError(
-                        f"{parent}/{name}: is no image by its name; keep nothing but images in the folder"
-                    )
-                yield name if inside == "." else f"{inside}/{name}".replace(os.sep, "/")
+    for name in visible_files(top):
+        if name == "dataset.json":
+            continue
+        if os.path.splitext(name)[1].lower() not in SUFFIXES:
+            raise BadFileError(f"{top / name}: is no image by its name; keep nothing but images in the folder")
+        yield name
 
 
 def labels_of(values: Sequence[int]) -> Tensor:
