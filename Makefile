@@ -17,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME
 WORKERS ?= 3
 RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png reports/evaluations.csv
 
-.PHONY: help setup demo test lint format bench sync lock clean
+.PHONY: help setup demo test lint format bench sync testcluster lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -49,6 +49,9 @@ bench: $(STAMP) ## every benchmark in benchmarks/
 
 sync: $(STAMP) ## tell each engine (Snakemake, DVC) what the other has made
 	@$(RUN) python -m pipeline sync
+
+testcluster: $(STAMP) ## a real two-node SLURM on this machine, for development (ACCOUNTING=1: with sacct; it says how to use and stop it)
+	@$(RUN) python cluster/testcluster start $(if $(ACCOUNTING),--accounting)
 
 lock: ## resolve pyproject.toml into requirements.lock (UPGRADE=1: take the newest versions allowed)
 	@test -x $(VENV)/bin/python || $(MAKE) --no-print-directory setup # not $(STAMP): it needs the lock that is to be made
