@@ -15,7 +15,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from report import RESULTS, arguments_of, write  # noqa: E402
+from report import RESULTS, arguments_of, processor, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
@@ -247,7 +246,7 @@ def accuracy(previous: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def provenance() -> dict[str, Any]:
     """What a result was measured on."""
     return {
-        "device": processor(),
+        "device": device(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
@@ -264,14 +263,9 @@ def described(on: dict[str, Any]) -> str:
     )
 
 
-def processor() -> str:
+def device() -> str:
     """The GPU's or the processor's name."""
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else processor()
 
 
 def number(value: float | str) -> str:

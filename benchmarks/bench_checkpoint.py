@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from bench_step_cost import SIGMA_DATA, Network, cpu_model, demo, edm2_xs, memory_mb  # noqa: E402
-from report import RESULTS, arguments_of, measure  # noqa: E402
+from bench_step_cost import SIGMA_DATA, Network, demo, edm2_xs, memory_mb  # noqa: E402
+from report import RESULTS, arguments_of, measure, processor  # noqa: E402
 from torch import nn  # noqa: E402
 
 from scm_core.nn.build import build_network, count_parameters  # noqa: E402
@@ -147,7 +147,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         "title": network.title, "batch": network.batch, "parameters": count_parameters(state.net),
         "state_mb": round(state_mb, 1), "first_call": round(first.wall, 3), "copy": round(statistics.median(one.own for one in copies), 4),
         "foreground": round(foreground.wall, 3), "rounds": rounds, "peak_mb": round(memory_mb("VmHWM")),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from report import RESULTS, arguments_of, write  # noqa: E402
+from report import RESULTS, arguments_of, processor, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from scm_core.data import ImageSet, latent_store, load_images, load_latents, save_images, save_latents  # noqa: E402
@@ -255,16 +255,8 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     versions = {name: version(name) for name in ("torch", "numpy", "pillow", "webdataset")}
-    return {"processor": model, "python": platform.python_version(), **versions}
+    return {"processor": processor(), "python": platform.python_version(), **versions}
 
 
 def ratio(rates: dict[str, Any], other: str) -> float:

@@ -29,8 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from bench_step_cost import cpu_model  # noqa: E402
-from report import RESULTS, arguments_of, measure  # noqa: E402
+from report import RESULTS, arguments_of, measure, processor  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from scm_core.autoencoder_kl import KNOWN  # noqa: E402
@@ -144,7 +143,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     return {
         "title": case.title, "side": case.side, "images": case.images, "batch": case.batch, "width": case.width,
         "parameters": count_parameters(vae), "rounds": [{key: round(value, 4) for key, value in one.items()} for one in rounds],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 

@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from page_evaluation import DIM, FULL, NAMES, NEIGHBOURS, markdown  # noqa: E402
-from report import RESULTS, arguments_of, write  # noqa: E402
+from report import RESULTS, arguments_of, processor, write  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from scm_core.compat import prepare_torchvision  # noqa: E402
@@ -252,12 +251,9 @@ def gpu() -> dict[str, Any] | None:
 
 def provenance() -> dict[str, Any]:
     """What a result was measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     packages = {name: version(name) for name in ("torch-fidelity", "prdc") if find_spec(name.replace("-", "_"))}
     return {
-        "device": names[0] if names else platform.processor() or platform.machine(),
+        "device": processor(),
         "bfloat16": fast_bfloat16(torch.device("cpu")),
         "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "torch": torch.__version__, "packages": packages,
     }  # fmt: skip

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from report import RESULTS, arguments_of, write  # noqa: E402
+from report import RESULTS, arguments_of, processor, write  # noqa: E402
 from torch import nn  # noqa: E402
 
 from pipeline import params  # noqa: E402
@@ -258,7 +257,7 @@ def run(name: str) -> dict[str, Any]:
     return {
         "title": network.title, "batch": network.batch, "parameters": parameters, "rows": rows,
         "teacher_ms": round(1000 * statistics.median(reference), 1), "teacher_mb": round(peak_of_child(name, "teacher", ""), 1),
-        "cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
+        "cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
 
@@ -272,14 +271,6 @@ def judged(time: float, memory: float, target: float, floor: float) -> str:
     if time < floor:
         return "below the floor: noise or the optimizer's share"
     return "met" if time <= target and memory <= MEMORY_TARGET else "missed"
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def markdown(report: dict[str, Any]) -> str:

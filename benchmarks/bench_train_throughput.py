@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_step_cost import NETWORKS as ALL_NETWORKS
-from bench_step_cost import Network, cpu_model  # before torch: it sets its threads
+from bench_step_cost import Network  # before torch: it sets its threads
 
 # isort: split
 import torch
 from gpu_throughput import edm2_s, gpu_lines, run_gpu
-from report import RESULTS, arguments_of, write
+from report import RESULTS, arguments_of, processor, write
 from torch import Tensor
 from trained import LR, SIGMA_REL, STEPS, Set, some_batch, stored
 
@@ -195,7 +195,7 @@ def run(name: str, seconds: float) -> dict[str, Any]:
     return {
         "title": network.title, "batch": network.batch, "parameters": count_parameters(build_network(network.config)),
         "steps": steps, "images": IMAGES[name], "needed": round(needed, 2), "rates": rates, "added": added,
-        "cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
+        "cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_step_cost import SIGMA_DATA, Network, cpu_model, edm2_xs  # before torch: it sets its threads
+from bench_step_cost import SIGMA_DATA, Network, edm2_xs  # before torch: it sets its threads
 
 # isort: split
 import torch
+from report import processor
 from trained import Set, some_batch, stored
 
 from scm_core.data.loader import Prefetcher
@@ -91,7 +92,7 @@ def run_gpu(network: Network, device: str, seconds: float) -> dict[str, Any]:
                 torch.compiler.reset()
                 if device == "cuda":
                     torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name(0) if device == "cuda" else cpu_model()
+    name = torch.cuda.get_device_name(0) if device == "cuda" else processor()
     return {
         "title": network.title, "batch": network.batch, "device": name, "torch": torch.__version__, "rows": rows,
         "compiled_deviation": deviation(network._replace(batch=4), device),
