@@ -19,14 +19,20 @@ from pipeline.autoencoders import TAGS
 from pipeline.errors import ParamsError, suggestion
 
 
-def read_yaml(path: Path, example: str = "'scale: …', 'scales: …'") -> dict[str, Any]:
-    """The mapping in a YAML 1.2 file; `ParamsError` if it is missing, is not YAML, repeats a key, or is no mapping such as `example`."""
+def read_yaml(
+    path: Path, name: str | None = None, example: str = "'scale: …', 'scales: …'", empty: bool = False
+) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file, which may hold nothing if `empty`.
+
+    `ParamsError`, which calls the file `name`, if it is missing, is not YAML, repeats a key, or is no mapping such as `example`.
+    """
+    name = name or path.name
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run this from the top folder of the repository") from None
     except UnicodeDecodeError as error:
-        raise ParamsError(f"{path.name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ParamsError(f"{name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -35,11 +41,13 @@ def read_yaml(path: Path, example: str = "'scale: …', 'scales: …'") -> dict[
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        raise ParamsError(f"{path.name}: not valid YAML{where}: {_one_line(what)}; correct the line") from None
+        raise ParamsError(f"{name}: not valid YAML{where}: {_one_line(what)}; correct the line") from None
     except (RecursionError, ValueError) as error:
-        raise ParamsError(f"{path.name}: not valid YAML: {_one_line(error)}; write plain nested keys") from None
+        raise ParamsError(f"{name}: not valid YAML: {_one_line(error)}; write plain nested keys") from None
+    if data is None and empty:
+        return {}
     if not isinstance(data, dict):
-        raise ParamsError(f"{path.name}: must hold keys with values ({example}), got {quoted(data)}")
+        raise ParamsError(f"{name}: must hold keys with values ({example}), got {quoted(data)}")
     return data
 
 
@@ -95,6 +103,7 @@ _SENTENCES = {
     "int_from_float": "must be an integer, got {got}",
     "float_type": "must be a number, got {got}",
     "string_type": "must be a word, got {got}",
+    "string_pattern_mismatch": "must be one word, got {got}",
     "tuple_type": "must be a list such as [1, 2], got {got}",
     "mapping_type": "must be a section of keys with values, got {got}",
     "model_type": "must be a section of keys with values, got {got}",
