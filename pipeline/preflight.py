@@ -31,7 +31,7 @@ KNOWN_S = 600.0  # an accepted request is not tried again for so long, whoever a
 TIMEOUT_S = 60.0
 SILENT = ("unable to contact", "socket timed out", "connection refused", "zero bytes were transmitted")
 # What submitit makes of a request besides options of sbatch.
-NO_OPTIONS = {"setup", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters"}
+NO_OPTIONS = {"setup", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters", "python"}
 
 
 class NoAnswerError(PipelineError):
@@ -98,6 +98,8 @@ def options(request: dict[str, Any]) -> list[str]:
     """A request as options of sbatch."""
     values = {key: value for key, value in request.items() if key not in NO_OPTIONS}
     values |= request.get("additional_parameters", {})
+    if "tasks_per_node" in values:  # submitit's name for it
+        values["ntasks_per_node"] = values.pop("tasks_per_node")
     return [f"--{key.replace('_', '-')}{'' if value is True else f'={value}'}" for key, value in values.items()]
 
 
@@ -182,7 +184,7 @@ class Node(NamedTuple):
     gpu_type: str = ""
 
     def holds(self, asked: Node) -> bool:
-        """Whether the numbers and the kind of GPU fit."""
+        """Whether the numbers and the kind of GPU do."""
         fits = all(mine >= other for mine, other in zip(self[:3], asked[:3], strict=True))
         return fits and (not asked.gpus or asked.gpu_type in ("", self.gpu_type))
 
@@ -194,7 +196,8 @@ class Node(NamedTuple):
 def _asked(request: dict[str, Any]) -> Node:
     """What a request asks of a node."""
     kind, _, gpus = str(request.get("gpus_per_node", 0)).rpartition(":")
-    return Node(request["cpus_per_task"], int(request["mem"].removesuffix("MB")), int(gpus), kind)
+    cores = request["cpus_per_task"] * request.get("tasks_per_node", 1)
+    return Node(cores, int(request["mem"].removesuffix("MB")), int(gpus), kind)
 
 
 def nodes(partition: str | None) -> list[Node]:

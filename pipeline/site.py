@@ -25,7 +25,7 @@ from pipeline.sections import Count, Model, Positive, problem
 if TYPE_CHECKING:
     from typing import Self
 
-    from pipeline.registry import Job
+    from pipeline.registry import Job, Resources
 
 SITE = "cluster/slurm/site.yaml"
 FROM_ENVIRONMENT = ("partition", "account", "qos", "constraint")
@@ -123,49 +123,55 @@ class Site(Request):
         return Request(**{**values, "extra": {**self.extra, **own.extra}})
 
     def request(self, job: Job) -> dict[str, Any]:
-        """The parameters of submitit's SlurmExecutor for a job, without its name.
+        """The parameters of submitit's SlurmExecutor for a job: `python` of its constructor, the others of `update_parameters`; no name.
 
         `PipelineError` for a job that no node of this site holds, or that runs longer than the site lets it.
         """
         wants, needs = self.of(kind(job)), job.resources
-        here = f"scales.{job.scale}.hardware" if needs.gpus else f"kinds.{kind(job)} of {SITE}"
-        if wants.gpus_per_node is not None and needs.gpus > wants.gpus_per_node:
-            raise PipelineError(
-                f"{job.name}: needs {needs.gpus} GPUs on a node, but {SITE} says gpus_per_node: {wants.gpus_per_node}; "
-                f"lower {here}.gpus_per_node in params.yaml and the `processes` that are above it"
-            )
-        if wants.time_limit_hours is not None and needs.minutes > 60 * wants.time_limit_hours:
-            remedy = (
-                f"lower {here}.time_limit_hours in params.yaml: a longer training goes on from its checkpoint"
-                if needs.gpus
-                else f"give {here} a partition with a longer limit"
-            )
-            raise PipelineError(
-                f"{job.name}: asks for {needs.minutes / 60:.3g} hours at a time, but {SITE} says time_limit_hours: "
-                f"{wants.time_limit_hours:g}; {remedy}"
-            )
         asked: dict[str, Any] = {
             "partition": wants.partition,
             "account": wants.account,
             "qos": wants.qos,
             "constraint": wants.constraint,
             "time": needs.minutes,
-            "mem": f"{needs.memory_mb}MB",
-            "cpus_per_task": needs.threads,
-            # srun takes no number of cores from sbatch since SLURM 22.05: without this the job's processes would share one.
-            "srun_args": [f"--cpus-per-task={needs.threads}"],
+            **_numbers(needs),
             "stderr_to_stdout": True,
             "signal_delay_s": wants.warning_seconds,
             "setup": list(wants.setup) or None,
             "additional_parameters": {"requeue": True, **{k: v for k, v in wants.extra.items() if v is not False}},
+            "python": wants.command,
         }
-        if needs.gpus:
-            asked["gpus_per_node"] = f"{wants.gpu_type}:{needs.gpus}" if wants.gpu_type else needs.gpus
+        gpus = asked.get("gpus_per_node", 0)
+        here = f"scales.{job.scale}.hardware" if gpus else f"kinds.{kind(job)} of {SITE}"
+        if wants.gpus_per_node is not None and gpus > wants.gpus_per_node:
+            raise PipelineError(
+                f"{job.name}: needs {gpus} GPUs on a node, but {SITE} says gpus_per_node: {wants.gpus_per_node}; "
+                f"lower {here}.gpus_per_node in params.yaml and the `processes` that are above it"
+            )
+        if wants.time_limit_hours is not None and needs.minutes > 60 * wants.time_limit_hours:
+            remedy = (
+                f"lower {here}.time_limit_hours in params.yaml: a longer training goes on from its checkpoint"
+                if gpus
+                else f"give {here} a partition with a longer limit"
+            )
+            raise PipelineError(
+                f"{job.name}: asks for {needs.minutes / 60:.3g} hours at a time, but {SITE} says time_limit_hours: "
+                f"{wants.time_limit_hours:g}; {remedy}"
+            )
+        if gpus and wants.gpu_type:
+            asked["gpus_per_node"] = f"{wants.gpu_type}:{gpus}"
         return {key: value for key, value in asked.items() if value is not None}
 
-    def python_of(self, job: Job) -> str:
-        """The start of the command line of a job's process, for submitit's parameter of that name."""
-        return self.of(kind(job)).command
+
+def _numbers(needs: Resources) -> dict[str, Any]:
+    """What a job's process needs of its node."""
+    asked = {
+        "mem": f"{needs.memory_mb}MB",
+        "cpus_per_task": needs.threads,
+        # srun takes no number of cores from sbatch since SLURM 22.05: without this the job's processes would share one.
+        "srun_args": [f"--cpus-per-task={needs.threads}"],
+    }
+    return {**asked, "gpus_per_node": needs.gpus} if needs.gpus else asked
 
 
 def kind(job: Job) -> str:

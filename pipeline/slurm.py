@@ -51,8 +51,9 @@ class Slurm:
         lost = self._named(name)
         if lost is not None:
             return {"job_id": lost, "host": host(), "attempt": None}
-        executor = submitit.SlurmExecutor(folder=prepare(job), max_num_timeout=1000, python=settings.python_of(job))
-        executor.update_parameters(job_name=name, **settings.request(job))
+        wanted = settings.request(job)
+        executor = submitit.SlurmExecutor(folder=prepare(job), max_num_timeout=1000, python=wanted.pop("python"))
+        executor.update_parameters(job_name=name, **wanted)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
                 submitted = executor.submit(entry)

@@ -69,13 +69,13 @@ def test_the_example_is_valid_and_has_every_key(settings: Any, paper: Params) ->
         "h100:8",
     )
     assert asked["additional_parameters"] == {"requeue": True, "reservation": "paper", "exclusive": True}
-    assert found.python_of(teacher(paper)) == "apptainer exec --nv /shared/scm.sif /opt/scm/bin/python"
+    assert found.request(teacher(paper))["python"] == "apptainer exec --nv /shared/scm.sif /opt/scm/bin/python"
     asked = found.request(table(paper))
     assert (asked["partition"], asked["qos"]) == ("cpu", "normal")
     assert "constraint" not in asked
     assert "gpus_per_node" not in asked
     assert asked["additional_parameters"] == {"requeue": True, "reservation": "paper"}
-    assert found.python_of(table(paper)) == "apptainer exec /shared/scm.sif /opt/scm/bin/python"
+    assert found.request(table(paper))["python"] == "apptainer exec /shared/scm.sif /opt/scm/bin/python"
 
 
 def test_without_a_file_a_job_asks_for_what_it_needs(settings: Any, paper: Params) -> None:
