@@ -42,15 +42,10 @@ def check(site: Site, jobs: Iterable[Job]) -> None:
     """`PipelineError` in one sentence for the first thing that would keep the jobs from running."""
     programs()
     shared_folder()
-    limits = None
     for job, request in distinct(site, jobs):
-        if _known(request):
-            continue
-        if limits is None:
-            limits = partitions()
-        _fits(job, request, limits)
-        _accepted(job, request, limits)
-        _remember(request)
+        if not _known(request):
+            accepts(job, request)
+            _remember(request)
 
 
 def before_submission(site: Site, job: Job) -> None:
@@ -59,6 +54,13 @@ def before_submission(site: Site, job: Job) -> None:
         check(site, [job])
     except NoAnswerError:
         return
+
+
+def accepts(job: Job, request: dict[str, Any]) -> None:
+    """SLURM takes a job with this request, and would start it; `PipelineError` says what keeps it from that."""
+    limits = partitions()
+    _fits(job, request, limits)
+    _accepted(job, request, limits)
 
 
 def programs() -> None:
@@ -153,7 +155,7 @@ def _accepted(job: Job, request: dict[str, Any], limits: dict[str, float]) -> No
             return
         if "node configuration" in words.lower() or "(gres)" in words.lower():
             have = nodes(request.get("partition"))
-            if any(node.holds(_asked(request)) for node in have):  # those that would do are down
+            if any(node.holds(asked(request)) for node in have):  # those that would do are down
                 return
             raise PipelineError(f"{job.name}: {_too_large(request, have)}") from None
         raise PipelineError(f"{job.name}: SLURM refuses it: {words}; {_remedy(words, request, limits)}") from None
@@ -183,17 +185,17 @@ class Node(NamedTuple):
     gpus: int
     gpu_type: str = ""
 
-    def holds(self, asked: Node) -> bool:
+    def holds(self, wanted: Node) -> bool:
         """Whether the numbers and the kind of GPU do."""
-        fits = all(mine >= other for mine, other in zip(self[:3], asked[:3], strict=True))
-        return fits and (not asked.gpus or asked.gpu_type in ("", self.gpu_type))
+        fits = all(mine >= other for mine, other in zip(self[:3], wanted[:3], strict=True))
+        return fits and (not wanted.gpus or wanted.gpu_type in ("", self.gpu_type))
 
     def __str__(self) -> str:
         gpus = f"{self.gpus} {self.gpu_type} GPU".replace("  ", " ")
         return f"{self.cores} cores, {self.memory_mb / 1024:.0f} GB and {gpus}{'' if self.gpus == 1 else 's'}"
 
 
-def _asked(request: dict[str, Any]) -> Node:
+def asked(request: dict[str, Any]) -> Node:
     """What a request asks of a node."""
     kind, _, gpus = str(request.get("gpus_per_node", 0)).rpartition(":")
     cores = request["cpus_per_task"] * request.get("tasks_per_node", 1)
@@ -217,7 +219,7 @@ def _too_large(request: dict[str, Any], have: list[Node]) -> str:
     features = f" and the features {request['constraint']}" if "constraint" in request else ""
     kinds = "; ".join(map(str, have)) or "none"
     return (
-        f"asks for a node of {_asked(request)}{features}, and {where} has none (its nodes: {kinds}): name another partition in {SITE}, "
+        f"asks for a node of {asked(request)}{features}, and {where} has none (its nodes: {kinds}): name another partition in {SITE}, "
         "or say in the section `hardware` of params.yaml what a node of yours has"
     )
 
