@@ -119,7 +119,7 @@ for stage in dict.fromkeys(job.stage for job in jobs):
         threads: partial(resource_of, stage, "threads")
         resources:
             mem_mb=partial(resource_of, stage, "memory_mb"),
-            gpus=partial(resource_of, stage, "gpus"),
+            gpu=partial(resource_of, stage, "gpus"),  # the name that executors know
             runtime=partial(resource_of, stage, "minutes"),
         shell:
             "{params.command}"

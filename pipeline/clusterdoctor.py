@@ -28,13 +28,16 @@ NETWORKED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "smb", "fuse", "panfs", 
 
 def checks(scale: str | None, wait_s: float) -> Iterator[Check]:
     """All checks; jobs are submitted only if SLURM's programs and the site's settings are in order."""
-    before = [Check("SLURM's programs", True, ", ".join(preflight.PROGRAMS)), Check("site settings", True, _settings())]
-    for check, attempt in zip(before, (preflight.programs, site.load), strict=True):
+    for what, detail, attempt in (
+        ("SLURM's programs", ", ".join(preflight.PROGRAMS), preflight.programs),
+        ("site settings", _settings(), site.load),
+        ("environment", "no SBATCH_EXPORT that keeps it from jobs", preflight.environment),
+    ):
         try:
             attempt()
-            yield check
+            yield Check(what, True, detail)
         except PipelineError as error:
-            yield Check(check.what, False, remedy=str(error))
+            yield Check(what, False, remedy=str(error))
             return
     yield from doctor.guarded("runs/", lambda: [shared_folder()])
     yield from doctor.guarded("scheduler", configuration)

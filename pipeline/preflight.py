@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -41,6 +42,7 @@ class NoAnswerError(PipelineError):
 def check(site: Site, jobs: Iterable[Job]) -> None:
     """`PipelineError` in one sentence for the first thing that would keep the jobs from running."""
     programs()
+    environment()
     shared_folder()
     for job, request in distinct(site, jobs):
         if not _known(request):
@@ -69,6 +71,13 @@ def programs() -> None:
     if missing:
         be = "is" if len(missing) == 1 else "are"
         raise PipelineError(f"launcher slurm: {', '.join(missing)} {be} not on the PATH; run this on a login node")
+
+
+def environment() -> None:
+    """Jobs get the variables of this process: SCM_DATA and the like, and those that submitit sets."""
+    export = os.environ.get("SBATCH_EXPORT", "ALL")
+    if not export.startswith("ALL"):
+        raise PipelineError(f"SBATCH_EXPORT={export} keeps variables from jobs that they need; unset SBATCH_EXPORT")
 
 
 def shared_folder() -> None:
@@ -146,7 +155,9 @@ def _fits(job: Job, request: dict[str, Any], limits: dict[str, float]) -> None:
 
 def _accepted(job: Job, request: dict[str, Any], limits: dict[str, float]) -> None:
     try:
-        ask(["sbatch", "--test-only", *options(request), "--wrap", "true"])
+        # As lines of a script, as submitit writes them: SBATCH_PARTITION and the like win over these, but not over a command line.
+        lines = [f"#SBATCH {shlex.quote(option)}" for option in options(request)]
+        ask(["sbatch", "--test-only"], "\n".join(["#!/bin/sh", *lines, "true\n"]))
     except NoAnswerError:
         raise
     except PipelineError as error:
@@ -165,8 +176,11 @@ def _remedy(words: str, request: dict[str, Any], limits: dict[str, float]) -> st
     """Which key of the site's settings a refusal is about, and what would do."""
     lower = words.lower()
     if "invalid partition" in lower:
-        wrong = next((one for one in str(request.get("partition")).split(",") if one not in limits), "")
-        return f"{SITE}: partition: {suggestion(wrong, [name for name in limits if name], 'partitions')}"
+        # The environment wins over what submitit writes into a job's script.
+        named = os.environ.get("SBATCH_PARTITION") or str(request.get("partition"))
+        where = "SBATCH_PARTITION" if "SBATCH_PARTITION" in os.environ else f"{SITE}: partition"
+        wrong = next((one for one in named.split(",") if one not in limits), "")
+        return f"{where}: {suggestion(wrong, [name for name in limits if name], 'partitions')}"
     for key, column in {"account": "account", "qos": "qos"}.items():
         if key in lower:
             known = _associations(column)
@@ -233,8 +247,8 @@ def _associations(column: str) -> list[str]:
     return sorted({one for line in lines for one in line.split(",") if one})
 
 
-def ask(command: list[str]) -> str:
-    """What one of SLURM's programs prints; `PipelineError` with its words when it fails."""
+def ask(command: list[str], script: str = "") -> str:
+    """What one of SLURM's programs prints, given a script; `PipelineError` with its words when it fails."""
     try:
         done = subprocess.run(
             command,
@@ -243,7 +257,7 @@ def ask(command: list[str]) -> str:
             check=False,
             timeout=TIMEOUT_S,
             cwd=paths.root(),
-            stdin=subprocess.DEVNULL,
+            input=script,
         )
     except FileNotFoundError:
         raise PipelineError(f"{command[0]} is not on the PATH; run this on a login node") from None
@@ -276,7 +290,8 @@ def _words(line: str) -> str:
 
 def _key(request: dict[str, Any]) -> str:
     same = {key: value for key, value in request.items() if key != "time"}
-    return sha256_text(json.dumps([same, os.environ.get("SLURM_CONF"), user()], sort_keys=True))
+    outside = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_") or name == "SLURM_CONF"}
+    return sha256_text(json.dumps([same, outside, user()], sort_keys=True))
 
 
 def _known(request: dict[str, Any]) -> bool:
