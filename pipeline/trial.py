@@ -56,7 +56,8 @@ class Trial:
         executor.update_parameters(job_name=f"doctor-{self.kind}", **wanted)
         work = Probe(str(self.folder), packages, tracking if tracking.startswith("http") else None)
         self.submitted = time.time()
-        self.job = str(executor.submit(work).job_id)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+            self.job = str(executor.submit(work).job_id)
 
     def state(self) -> tuple[str, str]:
         """State and reason, by squeue; empty where it knows nothing of the job."""
