@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny job on a SLURM site, and what is seen of it from here: the part of `doctor --cluster` beside `pipeline.probe`, the job."""
 
+import contextlib
+import io
 import os
 import subprocess
 import time

@@ -38,8 +38,7 @@ class Doctor:
                 found[what] = (*found[what][:2], line.strip().removeprefix("→ "))
             else:
                 verdict, _, rest = line.partition(" ")
-                name, _, detail = rest.strip().rpartition(": ") if rest.count(": ") == 1 else _split(rest.strip())
-                what = name or detail
+                what, detail = _split(rest.strip())
                 found[what] = (verdict, detail, "")
         assert not any(
             "doctor-" in name and state in ("RUNNING", "PENDING") for name, state in self.slurm.jobs().values()
@@ -48,13 +47,13 @@ class Doctor:
         return found
 
 
-def _split(line: str) -> tuple[str, str, str]:
-    """The name of a check of a kind has a colon of its own."""
-    kind, _, rest = line.partition(": ")
-    if kind in site.Kinds.model_fields:
-        name, colon, detail = rest.partition(": ")
-        return f"{kind}: {name}", colon, detail
-    return kind, ": ", rest
+def _split(line: str) -> tuple[str, str]:
+    """What was checked, which for a job starts with its kind, and the detail."""
+    what, _, detail = line.partition(": ")
+    if what in site.Kinds.model_fields:
+        name, _, detail = detail.partition(": ")
+        what = f"{what}: {name}"
+    return what, detail
 
 
 @pytest.fixture(scope="module")
