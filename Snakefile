@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
-from pipeline import registry
+from pipeline import preflight, registry, site
 from pipeline.errors import PipelineError, RegistryError, suggestion
 from pipeline.launch import LAUNCHERS
 from pipeline.params import load
@@ -37,6 +37,8 @@ def read_config():
             end = suggestion(launcher, LAUNCHERS, "launchers")
             raise RegistryError(f"{where}={launcher}: unknown launcher; {end}")
         os.environ["SCM_LAUNCHER"] = launcher
+    if launcher == "slurm":
+        site.load()
     scale = config.get("scale")
     return load("params.yaml", None if scale is None else str(scale))
 
@@ -50,6 +52,16 @@ try:
 except PipelineError as error:
     sys.exit(f"error: {error}")
 clear_stale_locks(Path.cwd())
+
+
+onstart:
+    # Not in a dry run, which calls no hooks. What SLURM would refuse is said before the first job is submitted.
+    if os.environ.get("SCM_LAUNCHER") == "slurm" and not workflow.touch:
+        left = [one for one in workflow.dag.needrun_jobs() if one.rule.name in registry.STAGES]
+        try:
+            preflight.check(site.load(), [job_of(one.rule.name, one.wildcards) for one in left])
+        except PipelineError as error:
+            sys.exit(f"error: {error}")
 
 
 def job_of(stage, wildcards):
@@ -107,7 +119,7 @@ for stage in dict.fromkeys(job.stage for job in jobs):
         threads: partial(resource_of, stage, "threads")
         resources:
             mem_mb=partial(resource_of, stage, "memory_mb"),
-            gpus=partial(resource_of, stage, "gpus"),
+            gpu=partial(resource_of, stage, "gpus"),  # the name that executors know
             runtime=partial(resource_of, stage, "minutes"),
         shell:
             "{params.command}"

@@ -48,9 +48,20 @@ def main(argv: Sequence[str]) -> int:
         "--quick", action="store_true", help="compare versions and sizes only: import nothing, read no large file"
     )
     parser.add_argument("--scale", help="of params.yaml, whose weights files are looked for (default: the active one)")
+    parser.add_argument(
+        "--cluster", action="store_true", help="try this SLURM site with a tiny job of each kind (a minute)"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=60.0, metavar="S", help="seconds that such a job may queue (default 60)"
+    )
     options = parser.parse_args(list(argv))
+    found = checks(options.quick, options.scale)
+    if options.cluster:
+        from pipeline import clusterdoctor
+
+        found = clusterdoctor.checks(options.scale, options.wait)
     failed = 0
-    for check in checks(options.quick, options.scale):
+    for check in found:
         word = "ok" if check.ok else "optional" if check.optional else "missing"
         failed += not check.ok and not check.optional
         print(f"{word:8}  {check.what}{f': {check.detail}' if check.detail else ''}", flush=True)

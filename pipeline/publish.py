@@ -125,4 +125,6 @@ def explain(error: OSError, start: str) -> str:
         return f"{start}{where}: no space left ({free:.0f} MB free); free some, then run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{start}{where}: {error.strerror}; make it writable for this user, then run the same command again"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{start}{where}: a file is where a folder belongs; move it away, then run the same command again"
     return f"{(start + where).removesuffix(':')}: {error.strerror or error}"

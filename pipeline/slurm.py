@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs on a SLURM cluster, through submitit: submission, one shared `squeue` for all waiters, honest causes of death.
 
-Site settings are in `cluster/slurm/site.yaml` (or the environment: SCM_SLURM_PARTITION and so on). What a job needs
-comes from the registry. `squeue` is asked instead of `sacct`, as many clusters have no accounting.
+What a job needs comes from the registry, what the site wants beside it from `pipeline/site.py`. `squeue` is asked
+instead of `sacct`, as many clusters have no accounting.
 """
 
 import contextlib
 import io
-import os
-import shutil
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
-from pipeline import paths
+from pipeline import paths, preflight, site
 from pipeline.backends import Ticket, prepare
-from pipeline.errors import PipelineError, suggestion
+from pipeline.errors import PipelineError
 from pipeline.files import Lock, host, read_json, user, write_json
 from pipeline.publish import exit_note
 
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from pipeline.entry import JobEntry
     from pipeline.registry import Job
 
-SITE = "cluster/slurm/site.yaml"
-SETTINGS = ("partition", "account", "qos", "constraint", "setup")
 QUERY_S = 15.0  # between two squeue calls, of all waiters together
 # A job leaves squeue some minutes after its end (MinJobAge), and may not be shown yet right after its submission.
 APPEARS_S = 60.0
@@ -39,31 +35,6 @@ CAUSES = {
 }
 
 
-def site() -> dict[str, Any]:
-    """The site's settings, validated; the environment wins over the file."""
-    import yaml
-
-    file = paths.root() / SITE
-    values: dict[str, Any] = {}
-    if file.exists():
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise PipelineError(f"{SITE}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise PipelineError(f"{SITE}: must hold keys with values, such as 'partition: gpu'")
-    for key in values:
-        if key not in SETTINGS:
-            raise PipelineError(f"{SITE}: {key}: unknown key; {suggestion(key, SETTINGS, 'keys')}")
-    if not isinstance(values.get("setup", []), list):
-        raise PipelineError(f"{SITE}: setup: must be a list of shell lines")
-    for key in SETTINGS[:-1]:
-        named = os.environ.get(f"SCM_SLURM_{key.upper()}")
-        if named:
-            values[key] = named
-    return {key: value for key, value in values.items() if value not in (None, "")}
-
-
 class Slurm:
     """A SLURM cluster whose nodes see this folder."""
 
@@ -73,34 +44,22 @@ class Slurm:
         """Submits a job that SLURM may requeue; it resumes from its checkpoints."""
         import submitit
 
-        settings = site()
-        for program in ("sbatch", "srun", "squeue", "scancel"):
-            if shutil.which(program) is None:
-                raise PipelineError(f"launcher slurm: {program} is not on the PATH; run this on a login node")
+        settings = site.load()
+        preflight.before_submission(settings, job)
         # A waiter that died between sbatch and its ticket leaves a job that only its name recognises.
         name = f"{job.name}@{entry.fingerprint[:8]}"
         lost = self._named(name)
         if lost is not None:
             return {"job_id": lost, "host": host(), "attempt": None}
-        executor = submitit.SlurmExecutor(folder=prepare(job), max_num_timeout=1000)
-        resources = job.resources
-        executor.update_parameters(
-            job_name=name,
-            time=resources.minutes,
-            mem=f"{resources.memory_mb}MB",
-            cpus_per_task=resources.threads,
-            stderr_to_stdout=True,
-            signal_delay_s=90,
-            additional_parameters={"requeue": True},
-            **({"gpus_per_node": resources.gpus} if resources.gpus else {}),
-            **settings,
-        )
+        wanted = settings.request(job)
+        executor = submitit.SlurmExecutor(folder=prepare(job), max_num_timeout=1000, python=wanted.pop("python"))
+        executor.update_parameters(job_name=name, **wanted)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
                 submitted = executor.submit(entry)
         except submitit.core.utils.FailedJobError as error:
             words = " ".join(str(error).split())[:300]
-            raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {SITE}") from error
+            raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {site.SITE}") from error
         return {"job_id": str(submitted.job_id), "host": host()}
 
     def alive(self, job: "Job", ticket: Ticket) -> bool:

@@ -84,7 +84,7 @@ def test_the_profile_of_slurm_plans_the_papers_jobs(repository: Path, run: Run) 
     assert len(names) > 150
     assert snakemake_edges(text, repository, "paper") == (names, edges)
     teacher = text[text.index("rule teacher:") :]
-    assert re.search(r"threads: 64\n    resources: .*gpus=8, runtime=1440", teacher)
+    assert re.search(r"threads: 64\n    resources: .*gpu=8, runtime=1440", teacher)
 
 
 @pytest.mark.slow

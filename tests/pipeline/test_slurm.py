@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 SBATCH = """#!/bin/sh
+[ "$1" = --test-only ] && exit 0
 # A copy, as SLURM makes one: submitit renames the script as soon as sbatch is back.
 cp "$1" "$STATE/script"
 echo x >> "$STATE/count"
@@ -38,6 +39,9 @@ echo x >> "$STATE/queries"
 [ -e "$STATE/down" ] && exit 1
 cat "$STATE"/jobs.* 2> /dev/null || true
 """
+SINFO = """#!/bin/sh
+echo 'main*|infinite'
+"""
 SCANCEL = """#!/bin/sh
 sed -i 's/RUNNING/CANCELLED/' "$STATE/jobs.$1"
 kill $(sed -n 's/.*"pid": \\([0-9]*\\).*/\\1/p' "$ROOT"/runs/tiny/.work/*/process.json)
@@ -50,7 +54,7 @@ def cluster(repo: Any) -> Any:
     state, programs = repo.root / "state", repo.root / "bin"
     state.mkdir()
     programs.mkdir()
-    for name, text in {"sbatch": SBATCH, "srun": SRUN, "squeue": SQUEUE, "scancel": SCANCEL}.items():
+    for name, text in {"sbatch": SBATCH, "srun": SRUN, "squeue": SQUEUE, "sinfo": SINFO, "scancel": SCANCEL}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     repo.env |= {"PATH": f"{programs}:{repo.env['PATH']}", "STATE": str(state), "ROOT": str(repo.root)}
@@ -125,7 +129,7 @@ def test_cancelling_cancels_the_job(cluster: Any) -> None:
     [
         ("partitoin: gpu\n", r"site\.yaml: partitoin: unknown key; did you mean 'partition'"),
         ("[1, 2]\n", r"site\.yaml: must hold keys with values"),
-        ("setup: module load x\n", r"site\.yaml: setup: must be a list"),
+        ("setup: module load x\n", r"site\.yaml: setup: must be a list such as"),
         ("a: [\n", r"site\.yaml: not valid YAML"),
     ],
 )
@@ -147,9 +151,11 @@ def test_no_slurm_here(repo: Any) -> None:
 
 
 def test_a_refused_submission(cluster: Any) -> None:
-    (cluster.root / "bin/sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: gpux' >&2\nexit 1\n")
+    # By what --test-only does not look at, such as a limit on the number of jobs.
+    script = "#!/bin/sh\n[ $1 = --test-only ] && exit 0\necho 'error: Job violates accounting/QOS policy' >&2\nexit 1\n"
+    (cluster.root / "bin/sbatch").write_text(script)
     done = cluster.run("first", "slurm")
     assert done.code == 1
     assert "SLURM refused the job" in done.err
-    assert "invalid partition" in done.err
+    assert "violates accounting/QOS policy" in done.err
     assert done.err.count("\n") == 1
