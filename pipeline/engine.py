@@ -3,6 +3,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType
 
 from pipeline.backends import descendants, signal_all
@@ -17,7 +18,8 @@ def cancel_at_sigterm() -> None:
 
     def cancel(signum: int, frame: FrameType | None) -> None:
         if callable(before):
-            before(signum, frame)
+            # Not here: it takes a lock, which the code that this has interrupted may hold.
+            threading.Thread(target=before, args=(signum, None), daemon=True).start()
         # Not SIGTERM: the shells between would die of it, and nobody would wait for the words of those that cancel.
         signal_all(descendants([os.getpid()]), signal.SIGINT)
 

@@ -246,12 +246,18 @@ class Waiter:
         """Publishes; False: the cluster stopped the job and will not start it again, so that it is to be submitted once more."""
         with self.ticket_lock.held():
             if publish.staged(self.job, mark):
-                publish.publish(self.job)
+                with (
+                    deferred_signals()
+                ):  # what is published is done: an engine that is told otherwise would throw it away
+                    publish.publish(self.job)
                 print(f"{self.job.name}: done", flush=True)
                 return True
             if not self.folder.exists() and publish.published(self.job, mark):
                 return True  # another waiter was quicker
             note = publish.exit_note(self.job, ticket)
+        process = read_json(self.folder / "process.json") or {}
+        if process.get("attempt") == ticket.get("attempt"):
+            ticket = {**ticket, "node": process.get("node")}
         if note is not None and note["status"] in ("error", "cancelled"):
             words = f"; {backend.where(ticket)}{last_words(self.job, ticket)}" if ticket["launcher"] == "slurm" else ""
             raise PipelineError(f"{note['message']}{words}")

@@ -146,8 +146,9 @@ class Slurm:
     def where(self, ticket: Ticket) -> str:
         """By job id, and by node as far as it is known."""
         seen = self._seen(ticket)
-        node = f" on {seen.node}" if seen is not None and seen.node and not seen.queued else ""
-        return f"SLURM job {ticket['job_id']}{node}"
+        node = seen.node if seen is not None and not seen.queued else ""
+        node = node or ticket.get("node") or ""
+        return f"SLURM job {ticket['job_id']}{' on ' if node else ''}{node}"
 
     def queued(self, ticket: Ticket) -> str:
         """What squeue says of a job that waits for its turn, the first time or again."""
