@@ -6,6 +6,7 @@
 #   snakemake --profile cluster/slurm -n reports/table2.csv    # scale paper, jobs through SLURM
 #
 # Config keys: scale, launcher (inline, local, slurm; SCM_LAUNCHER in the environment wins over it).
+import json
 import os
 import re
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from pipeline import preflight, registry, site
+from pipeline.engine import cancel_at_sigterm
 from pipeline.errors import PipelineError, RegistryError, suggestion
+from pipeline.files import identify
 from pipeline.launch import LAUNCHERS
 from pipeline.params import load
 from pipeline.stale import clear_stale_locks
@@ -52,9 +55,13 @@ try:
 except PipelineError as error:
     sys.exit(f"error: {error}")
 clear_stale_locks(Path.cwd())
+# Whoever waits for a submitted job leaves it running when this process is killed.
+os.environ["SCM_ENGINE"] = json.dumps(identify(os.getpid()))
 
 
 onstart:
+    if os.environ.get("SCM_LAUNCHER", "inline") != "inline":
+        cancel_at_sigterm()
     # Not in a dry run, which calls no hooks. What SLURM would refuse is said before the first job is submitted.
     if os.environ.get("SCM_LAUNCHER") == "slurm" and not workflow.touch:
         left = [one for one in workflow.dag.needrun_jobs() if one.rule.name in registry.STAGES]

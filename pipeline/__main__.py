@@ -20,6 +20,8 @@ from pipeline.errors import PipelineError, suggestion
 MODULES = {
     "plan": "jobs that are left to do, with estimated time and disk",
     "status": "what is done, running, waiting",
+    "submit": "submit all jobs of a stage that are ready to SLURM, as an array",
+    "logs": "where a job's log is, and its end: STAGE axis=value …",
     "trace": "the chain of runs, commits and digests behind a row of a table",
     "sample": "draw samples of a trained teacher or student",
     "import": "a published network as a teacher: what it is, whether it fits, the lines for params.yaml",

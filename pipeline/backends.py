@@ -39,6 +39,8 @@ class Backend(Protocol):
     """A place where jobs run."""
 
     poll_s: float
+    line_s: float
+    """Seconds between two lines about its progress."""
 
     def submit(self, job: "Job", entry: "JobEntry") -> dict[str, Any]:
         """Starts the job; returns what recognises it later (JSON)."""
@@ -55,15 +57,24 @@ class Backend(Protocol):
     def where(self, ticket: Ticket) -> str:
         """The job in words, such as `process 1234`."""
 
+    def queued(self, ticket: Ticket) -> str:
+        """How it waits for its turn, in words; empty if it does not."""
+
+    def find(self, job: "Job", ticket: Ticket) -> dict[str, Any] | None:
+        """What became of a submission that a kill has cut off; None: nothing. `NotYetError` while that cannot be known."""
+
+    def again(self, job: "Job", ticket: Ticket) -> bool:
+        """Whether the job has ended, unfinished, by no fault of its own: it should be submitted once more."""
+
 
 def submit_folder(job: "Job") -> Path:
     """Where submitit keeps its files of a job: beside the working folder, which is removed while it still writes."""
     return paths.runs(job.scale) / ".work" / f"{job.name}.submitit"
 
 
-def prepare(job: "Job") -> Path:
-    """An empty folder for submitit, and the environment that the job's process inherits."""
-    folder = submit_folder(job)
+def prepare(job: "Job", folder: Path | None = None) -> Path:
+    """An empty folder for submitit (default: the job's), and the environment that the job's process inherits."""
+    folder = folder or submit_folder(job)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     from pipeline.execute import set_threads
@@ -80,6 +91,7 @@ class Local:
     """A process of this machine that outlives the one that waits for it."""
 
     poll_s = 0.2
+    line_s = 15.0
 
     def submit(self, job: "Job", entry: "JobEntry") -> dict[str, Any]:
         """Starts submitit's controller, which starts the job's process."""
@@ -130,6 +142,20 @@ class Local:
     def where(self, ticket: Ticket) -> str:
         """By process number."""
         return f"process {ticket.get('pid', '?')} on {ticket.get('host', '?')}"
+
+    def queued(self, ticket: Ticket) -> str:
+        """It never waits."""
+        return ""
+
+    def find(self, job: "Job", ticket: Ticket) -> dict[str, Any] | None:
+        """By the word of the job's own process, if it came so far."""
+        process = read_json(paths.job_folder(job) / "process.json") or {}
+        mine = process.get("attempt") == ticket["attempt"]
+        return {key: process[key] for key in ("job_id", "host", "pid", "started")} if mine else None
+
+    def again(self, job: "Job", ticket: Ticket) -> bool:
+        """A process that was stopped here was stopped on purpose."""
+        return False
 
 
 def signal_all(pids: list[int], signum: signal.Signals) -> None:

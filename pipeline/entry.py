@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
+    from pipeline.files import Lock
+
+STARTED = time.time()  # of this process, as far as a job's is concerned: it is imported when submitit starts the job
+SLACK_S = 60.0  # SLURM's clock is not finer, and the process has started later than the job
+OUTLIVE_S = 600.0
+
 
 @dataclass(frozen=True)
 class JobEntry:
@@ -25,12 +31,16 @@ class JobEntry:
     fingerprint: str
     attempt: str
     launcher: str
+    limit_s: float = 0.0
+    """Its time limit on the cluster; 0: none."""
+    signal_s: float = 0.0
+    """How long before that the cluster sends SIGUSR2."""
 
     def __call__(self) -> None:
         """Runs the job; the process ends with status 0, 1 (the note says why), or 130 (cancelled)."""
         os.environ["SCM_ROOT"] = self.root
         os.chdir(self.root)
-        job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+        job_id = _job_id()
         if self.launcher == "local":
             # Its own session: Ctrl-C in a terminal reaches the waiter, which decides; a closed terminal stops nothing.
             with contextlib.suppress(PermissionError):
@@ -43,10 +53,10 @@ class JobEntry:
         from pipeline.files import Lock
 
         # By name, not looked up: params.yaml may have become invalid, or lost the job, since it was submitted.
-        name = SimpleNamespace(scale=self.scale, name="-".join((self.stage, *(value for _, value in self.axes))))
+        name = SimpleNamespace(scale=self.scale, name=self.job_name)
         _redirect(str(paths.log_file(name)), f"--- {name.name}, attempt {self.attempt}, {time.strftime('%F %T')}")
         lock = Lock(paths.lock_file(name, "run"))
-        if not lock.acquire(wait=False):
+        if not (lock.acquire(wait=False) or (_restarted() and _outlive(lock, execute.holder(name)))):
             execute.note(name, self.attempt, "error", f"{name.name}: is already running ({execute.holder(name)})")
             sys.exit(1)
         try:
@@ -72,10 +82,52 @@ class JobEntry:
             sys.exit(130)
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> "DelayedSubmission":
-        """What submitit runs after a time-out or preemption: the same job, which resumes from its checkpoints."""
+        """What submitit runs at a time-out or preemption: the same job, which resumes from its checkpoints.
+
+        Raises `PipelineError` where the time limit came before anything was saved: the next start would not get further.
+        """
         from submitit.helpers import DelayedSubmission
 
+        from pipeline import paths
+        from pipeline.errors import PipelineError
+
+        name = SimpleNamespace(scale=self.scale, name=self.job_name)
+        used = time.time() - STARTED
+        saved = [file for file in (paths.job_folder(name) / "work").rglob("*") if file.stat().st_mtime >= STARTED]
+        if self.limit_s and used > self.limit_s - self.signal_s - SLACK_S and not saved:
+            raise PipelineError(
+                f"{name.name}: ran into its time limit of {self.limit_s / 60:.0f} minutes before it had saved anything; give it more time, "
+                "or checkpoints that come earlier (checkpoint_every)"
+            )
         return DelayedSubmission(self)
+
+    @property
+    def job_name(self) -> str:
+        """As in the registry."""
+        return "-".join((self.stage, *(value for _, value in self.axes)))
+
+
+def _job_id() -> str:
+    """As squeue shows it: `12`, or `12_3` in an array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+
+
+def _restarted() -> bool:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def _outlive(lock: "Lock", holder: str) -> bool:
+    """Waits for the lock of an earlier start of this job: a file server keeps that of a dead node for a while."""
+    print(f"waiting for the lock of an earlier start ({holder})", flush=True)
+    deadline = time.monotonic() + OUTLIVE_S
+    while time.monotonic() < deadline:
+        time.sleep(2.0)
+        if lock.acquire(wait=False):
+            return True
+    return False
 
 
 def _cancelled(signum: int, frame: FrameType | None) -> NoReturn:

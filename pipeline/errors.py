@@ -29,6 +29,10 @@ class StoppedError(PipelineError):
         self.signals = signals
 
 
+class NotYetError(PipelineError):
+    """It cannot be done at this moment, and will work later: the scheduler is away, or lets nobody in."""
+
+
 def suggestion(word: object, known: Iterable[str], noun: str = "names") -> str:
     """The end of a sentence about an unknown `word`: the nearest of `known`, or all of them."""
     known = list(known)

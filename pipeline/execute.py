@@ -115,7 +115,8 @@ def _prepare(
     (folder / "out").mkdir()
     for name in (publish.EXIT, publish.RESULT):
         (folder / name).unlink(missing_ok=True)
-    process = {**identify(os.getpid()), "launcher": launcher, "job_id": job_id, "attempt": attempt}
+    node = os.environ.get("SLURMD_NODENAME")  # SLURM's name for the host
+    process = {**identify(os.getpid()), "launcher": launcher, "job_id": job_id, "attempt": attempt, "node": node}
     write_json(folder / "process.json", process)
     return now
 

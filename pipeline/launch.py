@@ -11,15 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline import attempts, manifest, paths, publish, unfinished
-from pipeline.errors import PipelineError, StoppedError
-from pipeline.files import Lock, is_locked, read_json, write_json
+from pipeline import manifest, paths, publish
+from pipeline.children import deferred_signals, in_child
+from pipeline.errors import NotYetError, PipelineError, StoppedError
+from pipeline.files import Lock, host, is_alive, is_locked, read_json, write_json
+from pipeline.logs import last_words
 from pipeline.progress import describe
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pipeline.registry import Job
 
 LAUNCHERS = ("inline", "local", "slurm")
-LINE_SECONDS = 15.0
-TAIL_LINES = 15
+REPEAT_S = 300.0  # until the same words about waiting are said again
+PAUSE_S, PAUSE_MOST_S = 2.0, 60.0  # between two tries to submit, the first and the longest
 
 
 def run(job: "Job", params: "Params", launcher: str = "inline") -> int:
@@ -74,50 +74,91 @@ class Waiter:
         self.folder = paths.job_folder(job)
         self.ticket_lock = Lock(paths.lock_file(job, "ticket"))
         self.waiters = Lock(paths.lock_file(job, "waiters"))
+        self.engine = engine()
         self._shown = time.monotonic()
+        self._said = ""
         self._bar = sys.stdout.isatty() and os.environ.get("SCM_PROGRESS") != "plain"
 
     def run(self) -> None:
         """Submits or attaches, waits, publishes; raises `PipelineError` when the job fails."""
         self.waiters.acquire(shared=True)
         try:
-            inputs = manifest.verify_inputs(self.job)
-            mark = manifest.fingerprint(self.job, self.params, inputs)
-            with deferred_signals() as late, self.ticket_lock.held():
+            submissions = 0
+            while True:
+                inputs = manifest.verify_inputs(self.job)
+                mark = manifest.fingerprint(self.job, self.params, inputs)
+                with self.ticket_lock.held():
+                    found = self._begin(mark, inputs, submissions)
+                if found is None:
+                    return
+                ticket, backend = found
+                try:
+                    self._wait(ticket, backend)
+                except KeyboardInterrupt:
+                    self._cancel(ticket, backend)
+                    raise
+                if self._finish(mark, ticket, backend):
+                    return
+                submissions = int(ticket.get("again", 0)) + 1
+        finally:
+            self.waiters.release()
+
+    def _begin(
+        self, mark: str, inputs: Mapping[str, manifest.Input], submissions: int
+    ) -> "tuple[dict[str, Any], Backend] | None":
+        """The job's execution, found or submitted, however long the scheduler is away; None: it had ended, and is published now."""
+        pause = PAUSE_S
+        while True:
+            later = ""
+            with deferred_signals() as late:
                 if publish.staged(self.job, mark) and not self._running():
                     print(f"{self.job.name}: had ended meanwhile; publishing what it staged", flush=True)
                     publish.publish(self.job)
-                    return
-                ticket, backend = self._attach(mark) or self._submit(mark, inputs)
-            try:
-                if late:
-                    raise KeyboardInterrupt(late[0])
-                self._wait(ticket, backend)
-            except KeyboardInterrupt:
-                self._cancel(ticket, backend)
-                raise
-            self._finish(mark, ticket, backend)
-        finally:
-            self.waiters.release()
+                    return None
+                try:
+                    ticket, backend = self._attach(mark) or self._submit(mark, inputs, submissions)
+                except NotYetError as error:
+                    later = " ".join(str(error).removeprefix(f"{self.job.name}: ").split())
+            if late:
+                if not later:
+                    self._cancel(ticket, backend)
+                raise KeyboardInterrupt(late[0])
+            if not later:
+                return ticket, backend
+            self._say(f"{self.job.name}: {later}; trying again until it works")
+            self._check_engine("nothing was submitted")
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE_MOST_S)
 
     def _running(self) -> bool:
         return is_locked(paths.lock_file(self.job, "run"))
 
     def _attach(self, mark: str) -> "tuple[dict[str, Any], Backend] | None":
-        """The job's present execution, if there is one: by its ticket, or by the lock that a running job holds."""
+        """The job's present execution, if there is one: by its ticket, or by the lock that a running job holds.
+
+        Raises `NotYetError` while that is not known: a submission was cut off, or a cancelled job has not ended yet.
+        """
         ticket = read_json(self.folder / "ticket.json")
         if ticket is not None:
             backend = _backend(ticket["launcher"])
-            alive = backend.alive(self.job, ticket)
+            if "job_id" in ticket and ticket["job_id"] is None:
+                found = backend.find(self.job, ticket)
+                ticket = None if found is None else {**ticket, **found}
+                if ticket is not None:
+                    write_json(self.folder / "ticket.json", ticket, durable=True)
+        alive = ticket is not None and backend.alive(self.job, ticket)
+        if ticket is not None and alive and ticket.get("cancelled"):
+            raise NotYetError(f"{self.job.name}: was cancelled ({backend.where(ticket)}), and has not ended yet")
         if ticket is None or not alive:
-            process = read_json(self.folder / "process.json")
+            process = read_json(self.folder / "process.json") or {}
             if not self._running():
                 return None
-            # Run by an inline launcher, or the waiter died between submitting and writing the ticket.
+            if ticket is not None and process.get("attempt") == ticket["attempt"]:
+                raise NotYetError(f"{self.job.name}: its last process is still ending ({backend.where(ticket)})")
+            # Run by an inline launcher.
             state = read_json(self.folder / "state.json") or {}
-            ticket = {**(process or {}), "fingerprint": state.get("fingerprint"), "launcher": "local"}
+            ticket = {**process, "fingerprint": state.get("fingerprint"), "launcher": "local"}
             backend = _backend("local")
-        assert ticket is not None
         if ticket["fingerprint"] != mark:
             raise PipelineError(
                 f"{self.job.name}: is running with other parameters or inputs ({backend.where(ticket)}); "
@@ -126,139 +167,118 @@ class Waiter:
         print(f"{self.job.name}: attached to the running job ({backend.where(ticket)})", flush=True)
         return ticket, backend
 
-    def _submit(self, mark: str, inputs: Mapping[str, manifest.Input]) -> "tuple[dict[str, Any], Backend]":
-        from pipeline.entry import JobEntry
+    def _submit(
+        self, mark: str, inputs: Mapping[str, manifest.Input], submissions: int
+    ) -> "tuple[dict[str, Any], Backend]":
+        from pipeline.submission import begin, settle, submitting
 
-        unfinished.check(self.job, self.params, mark, inputs)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        attempts.close(self.job)
-        for name in (publish.EXIT, "process.json", "progress.json"):
-            (self.folder / name).unlink(missing_ok=True)
-        if not (self.folder / "state.json").exists():
-            write_json(
-                self.folder / "state.json",
-                {"fingerprint": mark, "made_with": unfinished.made_with(self.job, self.params, inputs), "attempts": []},
-            )
-            paths.log_file(self.job).unlink(missing_ok=True)
-        attempt = uuid.uuid4().hex[:12]
-        entry = JobEntry(
-            root=str(paths.root()),
-            scale=self.job.scale,
-            stage=self.job.stage,
-            axes=tuple(self.job.axes.items()),
-            fingerprint=mark,
-            attempt=attempt,
-            launcher=self.launcher,
-        )
+        entry, ticket = begin(self.job, self.params, mark, inputs, self.launcher)
+        ticket |= {"again": submissions}
         backend = _backend(self.launcher)
-        known = {"launcher": self.launcher, "fingerprint": mark, "attempt": attempt, "submitted": time.time()}
-        ticket = {**known, **in_child(lambda: backend.submit(self.job, entry))}
-        write_json(self.folder / "ticket.json", ticket, durable=True)
+
+        def submit() -> dict[str, Any]:
+            with submitting(self.job):
+                found = backend.submit(self.job, entry)
+                settle(self.job, ticket, found)
+            return found
+
+        try:
+            ticket |= in_child(submit)
+        except NotYetError:
+            raise  # the ticket stays: what sbatch has said may not be what it has done
+        except PipelineError:
+            (self.folder / "ticket.json").unlink(missing_ok=True)
+            raise
         log = paths.relative(paths.log_file(self.job))
         print(f"{self.job.name}: submitted ({backend.where(ticket)}), log in {log}", flush=True)
         return ticket, backend
 
     def _wait(self, ticket: dict[str, Any], backend: "Backend") -> None:
         while backend.alive(self.job, ticket):
-            self._show()
+            self._show(ticket, backend)
+            self._check_engine(f"{backend.where(ticket)} goes on, and the next run attaches to it")
             time.sleep(backend.poll_s)
         if self._bar:
             print("\r\033[K", end="", flush=True)
 
-    def _show(self) -> None:
-        now = time.monotonic()
-        if now - self._shown < (0.5 if self._bar else LINE_SECONDS):
+    def _check_engine(self, left: str) -> None:
+        """Leaves when the engine that waits for this process was killed: it would take what is published now for half-written."""
+        if self.engine and not is_alive(self.engine):
+            raise PipelineError(f"{self.job.name}: whoever started this has died; {left}")
+
+    def _show(self, ticket: dict[str, Any], backend: "Backend") -> None:
+        now, words = time.monotonic(), backend.queued(ticket)
+        if words:
+            self._say(f"{self.job.name}: {words}")
             return
-        self._shown = now
+        if now - self._shown < (0.5 if self._bar else backend.line_s):
+            return
+        self._shown, self._said = now, ""
         state = read_json(self.folder / "progress.json")
         if state is not None:
             line = describe(self.job.name, state)
-            print(f"\r\033[K{line}" if self._bar else line, end="" if self._bar else "\n", flush=True)
+            if self._bar:
+                print(f"\r\033[K{line}", end="", flush=True)
+            else:
+                print(line if ticket["launcher"] == "local" else f"{line} ({backend.where(ticket)})", flush=True)
+
+    def _say(self, line: str) -> None:
+        """A line about waiting, once, and again after some minutes."""
+        now = time.monotonic()
+        if line != self._said or now - self._shown >= REPEAT_S:
+            self._said, self._shown = line, now
+            print(line, flush=True)
 
     def _cancel(self, ticket: dict[str, Any], backend: "Backend") -> None:
         """Stops the job, unless somebody else waits for it too."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave the job running
         if not self.waiters.acquire(wait=False):
             print(f"{self.job.name}: left running: another process waits for it", file=sys.stderr)
             return
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave the job running
         print(f"{self.job.name}: cancelling the job ({backend.where(ticket)})", file=sys.stderr, flush=True)
         backend.cancel(self.job, ticket)
+        if (self.folder / "ticket.json").exists():  # else it has ended meanwhile, and is published
+            write_json(self.folder / "ticket.json", {**ticket, "cancelled": time.time()}, durable=True)
         print(f"{self.job.name}: cancelled", file=sys.stderr, flush=True)
 
-    def _finish(self, mark: str, ticket: dict[str, Any], backend: "Backend") -> None:
+    def _finish(self, mark: str, ticket: dict[str, Any], backend: "Backend") -> bool:
+        """Publishes; False: the cluster stopped the job and will not start it again, so that it is to be submitted once more."""
         with self.ticket_lock.held():
             if publish.staged(self.job, mark):
-                publish.publish(self.job)
+                with (
+                    deferred_signals()
+                ):  # what is published is done: an engine that is told otherwise would throw it away
+                    publish.publish(self.job)
                 print(f"{self.job.name}: done", flush=True)
-                return
+                return True
             if not self.folder.exists() and publish.published(self.job, mark):
-                return  # another waiter was quicker
+                return True  # another waiter was quicker
             note = publish.exit_note(self.job, ticket)
-        if note is not None and note["status"] != "ok":
-            raise StoppedError(note["message"]) if note["status"] == "stopped" else PipelineError(note["message"])
-        mark_died()
-        raise PipelineError(self._post_mortem(backend.cause(self.job, ticket), ticket))
-
-    def _post_mortem(self, cause: str, ticket: dict[str, Any]) -> str:
-        from pipeline.backends import submit_folder
-
-        log = paths.log_file(self.job)
         process = read_json(self.folder / "process.json") or {}
-        if process.get("attempt") != ticket.get("attempt"):
-            # It died before it came to its own log: what it said is in submitit's.
-            log = next(iter(sorted(submit_folder(self.job).glob("*_log.out"))), log)
-        lines = tail(log)
-        where = f"log: {paths.relative(log)}" if lines else "it wrote no log"
-        text = f"{self.job.name}: {cause}; run it again to resume from its last checkpoint ({where})"
-        return text + "".join(f"\n  | {line}" for line in lines)
+        if process.get("attempt") == ticket.get("attempt"):
+            ticket = {**ticket, "node": process.get("node")}
+        if note is not None and note["status"] in ("error", "cancelled"):
+            words = f"; {backend.where(ticket)}{last_words(self.job, ticket)}" if ticket["launcher"] == "slurm" else ""
+            raise PipelineError(f"{note['message']}{words}")
+        if backend.again(self.job, ticket):
+            print(
+                f"{self.job.name}: {backend.where(ticket)} was stopped by the cluster; submitting it again", flush=True
+            )
+            return False
+        if note is not None and note["status"] == "stopped" and ticket["launcher"] == "local":
+            raise StoppedError(note["message"])
+        mark_died()
+        cause = backend.cause(self.job, ticket)
+        raise PipelineError(
+            f"{self.job.name}: {cause}; run it again to resume from its last checkpoint{last_words(self.job, ticket)}"
+        )
 
 
-@contextmanager
-def deferred_signals() -> Iterator[list[str]]:
-    """Notes Ctrl-C and SIGTERM instead of acting on them: a job must not be submitted and its ticket not written."""
-    late: list[str] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {
-        kind: signal.signal(kind, lambda signum, frame: late.append(signal.Signals(signum).name)) for kind in kinds
-    }
-    try:
-        yield late
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def in_child(submit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls `submit` in a forked process, so that the one that waits never loads submitit (13 MB)."""
-    readable, writable = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(readable)
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_IGN)
-        try:
-            answer: dict[str, Any] = {"ticket": submit()}
-        except PipelineError as error:
-            answer = {"error": str(error)}
-        except OSError as error:
-            answer = {"error": publish.explain(error, "cannot submit:")}
-        except BaseException as error:
-            answer = {"error": f"cannot submit: {type(error).__name__}: {' '.join(str(error).split())}"}
-        with os.fdopen(writable, "w") as pipe:
-            json.dump(answer, pipe)
-        os._exit(0)
-    os.close(writable)
-    with os.fdopen(readable) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    if not text:
-        raise PipelineError("cannot submit: the submitting process was killed; run the same command again")
-    answer = json.loads(text)
-    if "error" in answer:
-        raise PipelineError(answer["error"])
-    ticket: dict[str, Any] = answer["ticket"]
-    return ticket
+def engine() -> dict[str, Any] | None:
+    """The engine that started this process, if it said who it is and runs on this machine: as `identify` describes it."""
+    known = json.loads(os.environ.get("SCM_ENGINE", "null"))
+    return known if known and known.get("host") == host() else None
 
 
 def mark_died() -> None:
@@ -271,17 +291,6 @@ def mark_died() -> None:
     except (subprocess.SubprocessError, OSError) as error:
         words = f"could not be marked in the tracking store ({type(error).__name__})"
         print(f"warning: the run {words}; later: python -m pipeline status --replay", file=sys.stderr)
-
-
-def tail(log: "os.PathLike[str]", lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log, up to where a traceback starts (the sentence for the user has its gist)."""
-    try:
-        with open(log, "rb") as f:
-            f.seek(max(0, os.path.getsize(log) - 16384))
-            text = f.read().decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    return text.partition("Traceback (most recent call last):")[0].splitlines()[-lines:]
 
 
 def _backend(launcher: str) -> "Backend":

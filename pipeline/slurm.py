@@ -1,125 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs on a SLURM cluster, through submitit: submission, one shared `squeue` for all waiters, honest causes of death.
+"""Jobs on a SLURM cluster: submitted (`pipeline.submission`), watched through one shared look at the queue (`pipeline.scheduler`), and
+when they die, with the cause of their death.
 
-What a job needs comes from the registry, what the site wants beside it from `pipeline/site.py`. `squeue` is asked
-instead of `sacct`, as many clusters have no accounting.
+What a job needs comes from the registry, what the site wants beside it from `pipeline/site.py`.
 """
 
-import contextlib
-import io
-import subprocess
-import time
+import re
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import paths, preflight, site
-from pipeline.backends import Ticket, prepare
-from pipeline.errors import PipelineError
-from pipeline.files import Lock, host, read_json, user, write_json
+from pipeline import paths
+from pipeline.backends import Ticket
+from pipeline.errors import NotYetError, PipelineError
+from pipeline.files import host, is_locked, read_json
 from pipeline.publish import exit_note
+from pipeline.scheduler import FINAL, Scheduler, Seen, accounting, cancel
+from pipeline.submission import output, sbatch
 
 if TYPE_CHECKING:
     from pipeline.entry import JobEntry
     from pipeline.registry import Job
 
-QUERY_S = 15.0  # between two squeue calls, of all waiters together
-# A job leaves squeue some minutes after its end (MinJobAge), and may not be shown yet right after its submission.
-APPEARS_S = 60.0
-FINAL = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY REVOKED TIMEOUT".split()  # noqa: SIM905
-)
-CAUSES = {
-    "OUT_OF_MEMORY": "it was killed for using more memory than it asked for",
-    "TIMEOUT": "it ran into its time limit",
-    "NODE_FAIL": "its node failed",
-    "CANCELLED": "it was cancelled",
-}
+APPEARS_S = 60.0  # a job may not be shown yet right after its submission
+LOST_S = 5.0  # an sbatch whose parent was killed has reached the scheduler by then, or never will
+# How a job ends that the cluster has stopped, where it does not start it again itself.
+STOPPED = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
+AGAIN = 20  # submissions of one job by the same waiter
+# What SLURM writes into a job's output when it ends it.
+ENDED = re.compile(r"CANCELLED AT \S+?(?: DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|[A-Z ]+))? \*\*\*")
+DUE_TO = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL", None: "CANCELLED"}
+OUT_OF_MEMORY = re.compile(r"oom.?kill|out.of.memory|exceeded (?:job )?memory limit|OutOfMemory", re.IGNORECASE)
 
 
 class Slurm:
     """A SLURM cluster whose nodes see this folder."""
 
     poll_s = 2.0
+    line_s = 60.0
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler()
+        self._ended: dict[str, str] = {}
 
     def submit(self, job: "Job", entry: "JobEntry") -> dict[str, Any]:
         """Submits a job that SLURM may requeue; it resumes from its checkpoints."""
-        import submitit
+        return {"host": host(), **sbatch(job, [entry], f"{job.name}@{entry.attempt[:8]}")[0]}
 
-        settings = site.load()
-        preflight.before_submission(settings, job)
-        # A waiter that died between sbatch and its ticket leaves a job that only its name recognises.
-        name = f"{job.name}@{entry.fingerprint[:8]}"
-        lost = self._named(name)
-        if lost is not None:
-            return {"job_id": lost, "host": host(), "attempt": None}
-        wanted = settings.request(job)
-        executor = submitit.SlurmExecutor(folder=prepare(job), max_num_timeout=1000, python=wanted.pop("python"))
-        executor.update_parameters(job_name=name, **wanted)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-                submitted = executor.submit(entry)
-        except submitit.core.utils.FailedJobError as error:
-            words = " ".join(str(error).split())[:300]
-            raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {site.SITE}") from error
-        return {"job_id": str(submitted.job_id), "host": host()}
+    def find(self, job: "Job", ticket: Ticket) -> dict[str, Any] | None:
+        """The job of a ticket without a job id: by the word of its process, else by its name in the queue, looked at later than that."""
+        process = read_json(paths.job_folder(job) / "process.json") or {}
+        if process.get("attempt") == ticket["attempt"]:
+            return {"job_id": process["job_id"], "host": host()}
+        if is_locked(paths.lock_file(job, "submit")):
+            raise NotYetError(f"{job.name}: is being submitted by another process")
+        look = self.scheduler.look()
+        if look.time < float(ticket["submitted"]) + LOST_S:
+            why = f" ({look.trouble})" if look.trouble else ""
+            raise NotYetError(f"{job.name}: looking for it in the queue, should it be there already{why}")
+        index = ticket.get("index")
+        found = [one for one in look.named(ticket["name"]) if index is None or one.endswith(f"_{index}")]
+        return {"job_id": found[0], "host": host()} if found else None
 
     def alive(self, job: "Job", ticket: Ticket) -> bool:
         """By the exit note, else by squeue's word; a scheduler that does not answer ends nothing."""
-        if exit_note(job, ticket) is not None:
+        note = exit_note(job, ticket)
+        # A job that stopped for want of time, or to make room, is started again by SLURM; whether it is, only the queue says.
+        if note is not None and note["status"] != "stopped":
             return False
-        shown = self._queue()
-        if shown is None:
+        look = self.scheduler.look()
+        since = float(ticket.get("cancelled") or ticket.get("submitted", 0))
+        if look.time <= since:
             return True
-        state = shown.get(ticket["job_id"], {}).get("state")
-        if state is None:
-            return time.time() - float(ticket.get("submitted", 0)) < APPEARS_S
-        return state not in FINAL
+        seen = look.jobs.get(ticket["job_id"])
+        return not seen.over if seen is not None else look.time - since < APPEARS_S
 
     def cancel(self, job: "Job", ticket: Ticket) -> None:
         """scancel: SIGTERM, and SIGKILL after the cluster's KillWait."""
-        done = subprocess.run(["scancel", ticket["job_id"]], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise PipelineError(f"{job.name}: scancel {ticket['job_id']} failed: {done.stderr.strip()}")
+        if words := cancel(ticket["job_id"]):
+            raise PipelineError(
+                f"{job.name}: scancel failed ({words}); cancel it later with: scancel {ticket['job_id']}"
+            )
+
+    def again(self, job: "Job", ticket: Ticket) -> bool:
+        """Preempted or left by its node where the cluster does not requeue, or stopped with its work saved."""
+        state = self._state(job, ticket)
+        saved = (exit_note(job, ticket) or {}).get("status") == "stopped"
+        return int(ticket.get("again", 0)) < AGAIN and (state in STOPPED or (saved and state != "CANCELLED"))
 
     def cause(self, job: "Job", ticket: Ticket) -> str:
-        """By the last state that squeue showed."""
-        entry = (self._queue() or {}).get(ticket["job_id"], {})
-        state = entry.get("state", "")
-        words = CAUSES.get(state, f"it ended as {state}" if state else "it is no longer known to SLURM")
-        node = f" on {entry['node']}" if entry.get("node") else ""
-        return f"SLURM job {ticket['job_id']}{node}: {words}"
+        """By the last state that squeue showed or sacct has, by how its process ended, and by what SLURM wrote into its output."""
+        status, told = self._status(job, ticket), _read_end(output(job, ticket))
+        state, reason = self._state(job, ticket), getattr(self._seen(ticket), "reason", "")
+        if state == "OUT_OF_MEMORY" or OUT_OF_MEMORY.search(reason) or OUT_OF_MEMORY.search(told):
+            words = f"it was killed for using more memory than it asked for ({ticket.get('memory', '?')})"
+        elif state == "TIMEOUT":
+            words = f"it ran into its time limit of {ticket.get('minutes', '?')} minutes"
+        elif state == "CANCELLED":
+            words = "it was cancelled"
+        elif state in STOPPED:
+            words = {"PREEMPTED": "it was preempted"}.get(state, "its node failed") + f", for the {AGAIN}th time"
+        elif state == "DEADLINE":
+            words = "its deadline passed"
+        elif status is not None and status > 128:
+            words = f"its process was killed by {_signal(status - 128)}"
+            if status == 128 + signal.SIGKILL:
+                words += f"; out of memory? It asked for {ticket.get('memory', '?')}"
+        elif status is not None:
+            words = f"its process ended with status {status} without saying why"
+        elif state:
+            words = f"it ended as {state}" + (f" ({reason})" if reason not in ("", "None") else "")
+        else:
+            words = "it is no longer known to SLURM"
+        return f"{self.where(ticket)}: {words}"
 
     def where(self, ticket: Ticket) -> str:
-        """By job id."""
-        return f"SLURM job {ticket['job_id']}"
+        """By job id, and by node as far as it is known."""
+        seen = self._seen(ticket)
+        node = seen.node if seen is not None and not seen.queued else ""
+        node = node or ticket.get("node") or ""
+        return f"SLURM job {ticket['job_id']}{' on ' if node else ''}{node}"
 
-    def _queue(self) -> dict[str, dict[str, str]] | None:
-        """All of the user's jobs, from one squeue call in QUERY_S for all waiters; None when it does not answer."""
-        cache = paths.root() / "runs" / ".squeue.json"
-        lock = Lock(cache.with_suffix(".lock"))
-        with lock.held():
-            known = read_json(cache)
-            if known is not None and time.time() - known["time"] < QUERY_S:
-                jobs: dict[str, dict[str, str]] | None = known["jobs"]
-                return jobs
-            asked = self._ask()
-            # States are kept: SLURM forgets a job some minutes after its end, a waiter may come later.
-            jobs = None if asked is None else {**((known or {}).get("jobs") or {}), **asked}
-            write_json(cache, {"time": time.time(), "jobs": jobs if jobs is not None else (known or {}).get("jobs")})
-            return jobs
+    def queued(self, ticket: Ticket) -> str:
+        """What squeue says of a job that waits for its turn, the first time or again."""
+        look, seen = self.scheduler.known(), self._seen(ticket)
+        away = f"the scheduler does not answer ({look.trouble}); " if look.trouble else ""
+        if seen is None or not seen.queued:
+            return away and f"{away}what runs goes on"
+        return f"{away}{self.where(ticket)} {seen.queued}"
 
-    def _ask(self) -> dict[str, dict[str, str]] | None:
-        command = ["squeue", "-h", "-r", "-t", "all", "-u", user(), "-o", "%i|%T|%N|%r|%j"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        except (subprocess.SubprocessError, FileNotFoundError):
-            return None
-        rows = (line.split("|", 4) for line in done.stdout.splitlines() if line.count("|") >= 4)
-        return {row[0]: {"state": row[1], "node": row[2], "reason": row[3], "name": row[4]} for row in rows}
+    def _seen(self, ticket: Ticket) -> Seen | None:
+        return self.scheduler.known().jobs.get(ticket["job_id"] or "")
 
-    def _named(self, name: str) -> str | None:
-        """The id of a job of this name that is not over."""
-        shown = self._ask()
-        if shown is None:
-            raise PipelineError("launcher slurm: squeue does not answer; try again when the scheduler is back")
-        found = [job for job, entry in shown.items() if entry["name"] == name and entry["state"] not in FINAL]
-        return found[0] if found else None
+    def _state(self, job: "Job", ticket: Ticket) -> str:
+        """The state in which a job has ended: by squeue, else by sacct, else by SLURM's words in its output; empty where nobody knows."""
+        seen, job_id = self._seen(ticket), ticket["job_id"]
+        if seen is not None and seen.state in (*FINAL, "PREEMPTED"):
+            return seen.state
+        if job_id not in self._ended:
+            ended = accounting(job_id)
+            if ended is not None and ended.state in (*FINAL, "PREEMPTED"):
+                self._ended[job_id] = ended.state
+            else:
+                told = [match[1] for match in ENDED.finditer(_read_end(output(job, ticket)))]
+                self._ended[job_id] = DUE_TO.get(told[-1], "") if told else ""
+        return self._ended[job_id]
+
+    def _status(self, job: "Job", ticket: Ticket) -> int | None:
+        """How the job's process ended, as the shell around it noted it."""
+        found = []
+        for file in sorted(output(job, ticket).parent.glob(f"{ticket['job_id']}_*_status")):
+            with open(file) as f:
+                text = f.read().strip()
+            found.append(int(text) if text.isdigit() else 0)
+        return next((status for status in found if status), found[0] if found else None)
+
+
+def _read_end(file: Path) -> str:
+    """The end of a job's output, from its last start on."""
+    try:
+        text = file.read_bytes()[-16384:].decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return text.rpartition("Starting with SlurmJobEnvironment")[2]
+
+
+def _signal(number: int) -> str:
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"

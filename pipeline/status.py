@@ -4,7 +4,7 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,11 +48,31 @@ def active(job: Job) -> str | None:
     if is_locked(paths.lock_file(job, "run")):
         return RUNNING
     ticket = read_json(paths.job_folder(job) / "ticket.json")
-    if ticket is None or exit_note(job, ticket) is not None:
+    note = None if ticket is None else exit_note(job, ticket)
+    if ticket is None or (note is not None and not (note["status"] == "stopped" and ticket["launcher"] == "slurm")):
         return None
     if ticket["launcher"] == "slurm":
-        return QUEUED  # or lost: only the scheduler knows, and asking it takes time; `run` finds out
+        return QUEUED if in_slurm(job, ticket) else None
     return QUEUED if is_alive(ticket) else None
+
+
+def in_slurm(job: Job, ticket: Mapping[str, Any]) -> bool:
+    """Whether SLURM has the job, or is about to; by the look at the queue that all who wait share."""
+    from pipeline.slurm import Slurm
+
+    return ticket.get("job_id") is None or Slurm().alive(job, ticket)
+
+
+def place(job: Job, ticket: Mapping[str, Any] | None) -> str:
+    """Where a job of the cluster is: `SLURM job 12 on n1`, `SLURM job 12 waits in the queue (Resources)`; empty for others."""
+    from pipeline.slurm import Slurm
+
+    if ticket is None or ticket["launcher"] != "slurm":
+        return ""
+    if ticket.get("job_id") is None:
+        return "being submitted"
+    slurm = Slurm()
+    return slurm.queued(ticket) or slurm.where(ticket)
 
 
 def _row(job: Job, params: Params, made: str) -> Row:
@@ -65,6 +85,9 @@ def _row(job: Job, params: Params, made: str) -> Row:
         passed = time.time() - tries[-1]["started"] if tries else 0.0
         left = progress.get("eta_s") if progress else None
         detail = describe("", progress)[2:] if progress else "starting"
+        if at := place(job, read_json(folder / "ticket.json")):
+            then = "; goes on from its checkpoint" if tries else ""
+            detail = f"{detail} ({at})" if running == RUNNING else f"{at}{then}"
         return Row(job, running, detail, max(0.0, expected - passed) if left is None else left, progress)
     if made == DONE:
         seconds = (read_json(paths.record_file(job)) or {}).get("seconds")

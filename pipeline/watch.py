@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import paths
 from pipeline.errors import PipelineError
-from pipeline.launch import tail
+from pipeline.logs import tail
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.plan import duration
 from pipeline.progress import clock, describe

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,24 +293,28 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def repo(tmp_path: Path) -> Iterator[Repo]:
-    """A repository with fake stages; what a test leaves running is ended."""
-    root = tmp_path / "repo"
+def build(root: Path, stages: Mapping[str, str] = STAGES, registry: str = FAKE_REGISTRY) -> Repo:
+    """A repository of fake stages in `root`."""
     package = root / "pipeline"
     shutil.copytree(HERE / "pipeline", package, ignore=shutil.ignore_patterns("__pycache__", "stages"))
     shutil.copytree(HERE / "scm_core", root / "scm_core", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "stages").mkdir()
     (package / "stages" / "__init__.py").write_text("")
-    for name, body in STAGES.items():
+    for name, body in stages.items():
         (package / "stages" / f"{name}.py").write_text(textwrap.dedent(body))
     (package / "params.py").write_text(FAKE_PARAMS)
-    (package / "registry.py").write_text(FAKE_REGISTRY)
+    (package / "registry.py").write_text(registry)
     (root / "params.yaml").write_text(PARAMS)
     (root / "driver.py").write_text(DRIVER)
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SCM_", "MLFLOW_", "SLURM_"))}
     # The tracking store has tests of its own; elsewhere its import would only cost time.
     env |= {"PYTHONPATH": str(root), "SCM_TRACKING": "off", "PYTHONDONTWRITEBYTECODE": ""}
-    made = Repo(root, env, [])
+    return Repo(root, env, [])
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Iterator[Repo]:
+    """A repository with fake stages; what a test leaves running is ended."""
+    made = build(tmp_path / "repo")
     yield made
     made.close()

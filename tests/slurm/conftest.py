@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.slurm.fakes import ClusterRepo
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "cluster/testcluster")]
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin"])
@@ -106,3 +108,11 @@ def slurm_accounting(accounting_slurm: TestCluster) -> TestCluster:
     """The cluster with accounting, idle."""
     accounting_slurm.idle()
     return accounting_slurm
+
+
+@pytest.fixture
+def cluster_repo(slurm: TestCluster, tmp_path: Path) -> Iterator[ClusterRepo]:
+    """A repository of fake stages on the cluster without accounting."""
+    made = ClusterRepo(tmp_path / "repo", slurm)
+    yield made
+    made.close()

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared look at SLURM's queue: one `squeue` for all who wait, whoever of them asks, and `sacct` where it answers.
+
+Every waiter of a repository reads `runs/.squeue.json`; who finds it older than SCM_SLURM_POLL seconds (default 15) asks again, one at a
+time. A scheduler that does not answer ends nothing: what was seen before stands until it does. `sacct` is never needed, as many clusters
+have none: it is asked once for a job that squeue has forgotten.
+"""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline import paths
+from pipeline.errors import PipelineError
+from pipeline.files import Lock, read_json, user, write_json
+
+OURS = re.compile(r"@[0-9a-f]{8}$")  # how the names of our jobs end
+# States of a job that will not run again. Not here: COMPLETING, and all that SLURM starts again (REQUEUED, REQUEUE_HOLD, SPECIAL_EXIT …).
+FINAL = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY REVOKED TIMEOUT".split()  # noqa: SIM905
+)
+STARTED = frozenset(("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"))
+LASTING_S = 60.0  # preempted for so long: the cluster cancels what it preempts, and will not start it again
+FORGET_S = 86400.0
+ANSWER_S = 30.0
+
+
+def query_s() -> float:
+    """Seconds between two looks at the queue, of all waiters together."""
+    text = os.environ.get("SCM_SLURM_POLL") or "15"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 3600:
+        raise PipelineError(f"SCM_SLURM_POLL={text}: expected seconds above 0 and below an hour, such as 15")
+    return seconds
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A job as squeue has shown it last."""
+
+    state: str
+    node: str
+    reason: str
+    name: str
+    since: float
+    """When it was first seen in this state."""
+    last: float
+    """When it was shown last."""
+    missing: int = 0
+    """Looks since then that did not show it."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, and SLURM will not start it again."""
+        if self.state == "PREEMPTED" and self.last - self.since > LASTING_S:
+            return True
+        # Once may be a scheduler that has just been started.
+        return self.state in FINAL or self.missing >= 2
+
+    @property
+    def queued(self) -> str:
+        """How it waits, such as `waits in the queue (Resources)`; empty if it does not."""
+        if self.over or self.missing or self.state in STARTED:
+            return ""
+        reason = f" ({self.reason})" if self.reason not in ("", "None") else ""
+        return f"waits in the queue{reason}" if self.state == "PENDING" else f"waits: {self.state.lower()}{reason}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of the queue."""
+
+    asked: float = 0.0
+    """When squeue was asked last."""
+    time: float = 0.0
+    """When it was asked last and answered."""
+    trouble: str = ""
+    """Why it did not answer since."""
+    jobs: Mapping[str, Seen] = field(default_factory=dict)
+
+    def named(self, name: str) -> list[str]:
+        """The ids of the jobs of that name."""
+        return [job for job, seen in self.jobs.items() if seen.name == name]
+
+
+class Scheduler:
+    """SLURM as the waiters see it."""
+
+    def __init__(self) -> None:
+        self.cache = paths.root() / "runs" / ".squeue.json"
+        self._lock = Lock(self.cache.with_suffix(".lock"))
+        self._version: tuple[int, int] | None = None
+        self._known = Look()
+
+    def known(self) -> Look:
+        """The last look, whosever it was."""
+        try:
+            status = self.cache.stat()
+        except FileNotFoundError:
+            return Look()
+        version = (status.st_mtime_ns, status.st_ino)
+        if version != self._version:
+            values = read_json(self.cache) or {}
+            jobs = {job: Seen(**seen) for job, seen in values.pop("jobs", {}).items()}
+            self._known, self._version = Look(**values, jobs=jobs), version
+        return self._known
+
+    def look(self, wait: bool = False) -> Look:
+        """The last look if it is young enough, or if somebody else is about to replace it (unless `wait`); else a new one."""
+        if not self._due(self.known()) or not self._lock.acquire(wait=wait):
+            return self._known
+        try:
+            if self._due(self.known()):
+                self._ask()
+            return self.known()
+        finally:
+            self._lock.release()
+
+    @staticmethod
+    def _due(known: Look) -> bool:
+        return abs(time.time() - known.asked) >= query_s()  # abs: clocks of two machines differ
+
+    def _ask(self) -> None:
+        """One squeue for all jobs of this user. What is written before counts even if this process is killed meanwhile."""
+        before, now = self._known, time.time()
+        self._write(Look(now, before.time, before.trouble, before.jobs))
+        command = ["squeue", "-h", "-r", "-t", "all", "-u", user(), "-o", "%i|%T|%N|%r|%j"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
+        except subprocess.TimeoutExpired:
+            return self._write(Look(now, before.time, f"no answer in {ANSWER_S:.0f} s", before.jobs))
+        except OSError as error:
+            return self._write(Look(now, before.time, f"squeue: {error.strerror}", before.jobs))
+        if done.returncode != 0:
+            words = " ".join(done.stderr.split())[:200] or f"squeue ended with status {done.returncode}"
+            return self._write(Look(now, before.time, words, before.jobs))
+        rows = (line.split("|", 4) for line in done.stdout.splitlines() if line.count("|") >= 4)
+        shown: dict[str, Seen] = {}
+        for job, state, node, reason, name in rows:
+            if OURS.search(name):
+                old = before.jobs.get(job)
+                since = old.since if old is not None and old.state == state else now
+                shown[job] = Seen(state, node, reason, name, since, now)
+        # SLURM forgets a job some minutes after its end, some clusters at once; who waits for it may come later.
+        for job, old in before.jobs.items():
+            if job not in shown and now - old.last < FORGET_S:
+                shown[job] = Seen(old.state, old.node, old.reason, old.name, old.since, old.last, old.missing + 1)
+        return self._write(Look(now, now, "", shown))
+
+    def _write(self, look: Look) -> None:
+        write_json(self.cache, {**vars(look), "jobs": {job: vars(seen) for job, seen in look.jobs.items()}})
+        self.known()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job's end as the accounting has it."""
+
+    state: str
+    exit: str
+    """`status:signal`."""
+    node: str
+
+
+def accounting(job_id: str) -> Ended | None:
+    """What sacct says of a job; None where there is no accounting, or no answer."""
+    command = ["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State,ExitCode,NodeList"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
+    if not rows:
+        return None
+    state, exit_code, node = rows[-1]
+    return Ended(state.partition(" ")[0], exit_code, "" if node.startswith("None") else node)  # CANCELLED by 1000
+
+
+def cancel(job_id: str, tries: int = 3) -> str:
+    """scancel; returns why it did not work, or nothing. A scheduler that is busy is asked again."""
+    words = ""
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(3.0)
+        try:
+            done = subprocess.run(["scancel", job_id], capture_output=True, text=True, check=False, timeout=ANSWER_S)
+        except (subprocess.SubprocessError, OSError) as error:
+            words = f"{type(error).__name__}: {error}"
+            continue
+        words = "" if done.returncode == 0 else " ".join(done.stderr.split()) or f"status {done.returncode}"
+        if not words or "Invalid job id" in words or "already completing or completed" in words:
+            return ""
+    return words
