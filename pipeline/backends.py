@@ -56,7 +56,7 @@ class Backend(Protocol):
         """The job in words, such as `process 1234`."""
 
 
-def submit_folder(job: "Job") -> Path:
+def submit_folder(job: paths.JobName) -> Path:
     """Where submitit keeps its files of a job: beside the working folder, which is removed while it still writes."""
     return paths.runs(job.scale) / ".work" / f"{job.name}.submitit"
 

@@ -202,7 +202,10 @@ class Waiter:
 
     def _post_mortem(self, cause: str, ticket: dict[str, Any]) -> str:
         from pipeline.backends import submit_folder
+        from pipeline.rendezvous import first_failure
 
+        failed = first_failure(self.job)  # which of several processes
+        cause = f"{failed} ({cause})" if failed else cause
         log = paths.log_file(self.job)
         process = read_json(self.folder / "process.json") or {}
         if process.get("attempt") != ticket.get("attempt"):

@@ -18,6 +18,7 @@ from pipeline.backends import Ticket, prepare
 from pipeline.errors import PipelineError, suggestion
 from pipeline.files import Lock, host, read_json, user, write_json
 from pipeline.publish import exit_note
+from pipeline.rendezvous import request
 
 if TYPE_CHECKING:
     from pipeline.entry import JobEntry
@@ -83,16 +84,13 @@ class Slurm:
         if lost is not None:
             return {"job_id": lost, "host": host(), "attempt": None}
         executor = submitit.SlurmExecutor(folder=prepare(job), max_num_timeout=1000)
-        resources = job.resources
         executor.update_parameters(
             job_name=name,
-            time=resources.minutes,
-            mem=f"{resources.memory_mb}MB",
-            cpus_per_task=resources.threads,
+            time=job.resources.minutes,
             stderr_to_stdout=True,
             signal_delay_s=90,
             additional_parameters={"requeue": True},
-            **({"gpus_per_node": resources.gpus} if resources.gpus else {}),
+            **request(job.resources),
             **settings,
         )
         try:
