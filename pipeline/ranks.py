@@ -104,7 +104,7 @@ def _explained(job: "Job") -> Iterator[None]:
         if here is None or not is_lost(error):
             raise
         if here.rank:
-            raise LostError(" ".join(str(error).split())) from error
+            raise LostError(rendezvous.brief(error)) from error
         raise rendezvous.why_lost(job, here, error) from error
 
 

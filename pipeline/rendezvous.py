@@ -68,7 +68,8 @@ def request(resources: Any) -> dict[str, Any]:
     nodes, tasks = resources.nodes, resources.nodes * resources.tasks_per_node
     cores = resources.threads // tasks
     # srun asks for a job's memory and GPUs by itself, but since SLURM 22.05 not for its cores.
-    arguments = [f"--cpus-per-task={cores}"]
+    # Its tasks are named as well: a shell within another job has its SLURM_NTASKS, which srun would take for this one's.
+    arguments = [f"--ntasks={tasks}", f"--cpus-per-task={cores}"]
     if tasks > 1:
         # One that fails ends all; those that are done early wait for the first, whatever the site's WaitTime is.
         arguments += ["--kill-on-bad-exit=1", "--wait=0"]
@@ -76,15 +77,19 @@ def request(resources: Any) -> dict[str, Any]:
         "mem": f"{resources.memory_mb // nodes}MB",
         "cpus_per_task": cores,
         "srun_args": arguments,
-        **({"nodes": nodes, "tasks_per_node": resources.tasks_per_node} if tasks > 1 else {}),
+        "nodes": nodes,
+        "ntasks_per_node": resources.tasks_per_node,
         **({"gpus_per_node": resources.gpus // nodes} if resources.gpus else {}),
     }
 
 
 def place(env: Mapping[str, str]) -> Place | None:
-    """The place that srun's variables describe; None for a job's only task. PipelineError names a variable that is missing."""
+    """The place that srun's variables describe; None for a job's only task, and for what submitit has not started there.
+
+    PipelineError names a variable that is missing.
+    """
     count = int(env.get("SLURM_NTASKS", "1"))
-    if count == 1:
+    if count == 1 or env.get("SUBMITIT_EXECUTOR") != "slurm":
         return None
     for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURMD_NODENAME"):
         if name not in env:
@@ -194,7 +199,13 @@ def first_failure(job: paths.JobName) -> str | None:
     if ended is None or (cleared is not None and cleared.start() < ended.start()):
         return None
     node, tasks, how = ended.groups()
-    return f"process {tasks} on {node} died: {how}"
+    log = f" (log: {paths.relative(paths.log_file(job, int(tasks)))})" if tasks.isdigit() and int(tasks) else ""
+    return f"process {tasks} on {node} died: {how}{log}"
+
+
+def brief(error: Exception) -> str:
+    """An error of the connection without where in the source it was found, and without general advice."""
+    return re.sub(r"^\[\S+\] | This is typically.*$", "", " ".join(str(error).split())).rstrip(".")
 
 
 def why_lost(job: "Job", here: Place, error: Exception) -> PipelineError:
@@ -204,17 +215,19 @@ def why_lost(job: "Job", here: Place, error: Exception) -> PipelineError:
     until then: a job that ends before its node is known to be dead has failed, and is not started again.
     """
     deadline = time.monotonic() + PATIENCE_S
-    print(f"warning: {job.name}: the connection to other processes broke ({error}); looking for the cause", flush=True)
+    print(
+        f"warning: {job.name}: the connection to other processes broke ({brief(error)}); looking for the cause",
+        flush=True,
+    )
     while time.monotonic() < deadline:
         words = first_failure(job)
         if words is not None:
-            return PipelineError(f"{job.name}: {words}")
+            return PipelineError(f"{job.name}: {words}; the same command goes on from its last checkpoint")
         if len(_words(job, here.restart)) == here.count - 1:  # all are there: it is the network
             break
         time.sleep(0.5)
-    text = " ".join(str(error).split())
     return PipelineError(
-        f"{job.name}: the processes lost each other: {text}; run it again to resume from its last checkpoint"
+        f"{job.name}: the processes lost each other: {brief(error)}; run it again to resume from its last checkpoint"
     )
 
 
