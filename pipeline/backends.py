@@ -67,7 +67,7 @@ class Backend(Protocol):
         """Whether the job has ended, unfinished, by no fault of its own: it should be submitted once more."""
 
 
-def submit_folder(job: "Job") -> Path:
+def submit_folder(job: paths.JobName) -> Path:
     """Where submitit keeps its files of a job: beside the working folder, which is removed while it still writes."""
     return paths.runs(job.scale) / ".work" / f"{job.name}.submitit"
 

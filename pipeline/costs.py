@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pipeline.autoencoders import PretrainedVae
@@ -87,6 +87,10 @@ class Resources:
     """Expected size of what lies on disk while it runs and is removed after it: checkpoints, features."""
     processes: int = 1
     """Processes that share the threads."""
+    nodes: int = 1
+    """Nodes of a cluster that all of this is spread over, evenly."""
+    tasks_per_node: int = 1
+    """Processes that the cluster starts on each of them. One that has others beside it starts them itself."""
 
     @property
     def threads_each(self) -> int:
@@ -236,13 +240,15 @@ def _training(scale: Scale, slot: Slot, size: str, method: str) -> Resources:
     widths, times = (len(kept.sigma_rel), training.iterations // kept.every) if kept else (0, 0)
     trained = 2 if "vsd" in getattr(training, "method", "") else 1  # F_φ beside the student
     state = weights * (3 * trained + 1 + widths)  # weights and two moments each; the averages
-    return _resources(
+    need = _resources(
         scale,
         weights * (1 + widths * times) + 1 * MB,
         flops=training_flops(slot, size, method),
         scratch=KEPT * state,
         processes=own.engine.processes,
     )
+    nodes = own.engine.nodes(scale.hardware.gpus_per_node if scale.hardware else None)
+    return replace(need, nodes=nodes, tasks_per_node=own.engine.processes // nodes)
 
 
 @_of_slot

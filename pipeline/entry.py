@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
     from pipeline.files import Lock
+    from pipeline.params import Params
+    from pipeline.registry import Job
 
 STARTED = time.time()  # of this process, as far as a job's is concerned: it is imported when submitit starts the job
 SLACK_S = 60.0  # SLURM's clock is not finer, and the process has started later than the job
@@ -48,21 +50,29 @@ class JobEntry:
             # On SLURM, SIGTERM comes before a preemption's requeue and submitit passes over it; here it is a cancel.
             signal.signal(signal.SIGTERM, _cancelled)
             signal.signal(signal.SIGINT, _cancelled)
-        from pipeline import execute, params, paths, registry
+        from pipeline import execute, paths, ranks, rendezvous
         from pipeline.errors import PipelineError, StoppedError
         from pipeline.files import Lock
 
         # By name, not looked up: params.yaml may have become invalid, or lost the job, since it was submitted.
         name = SimpleNamespace(scale=self.scale, name=self.job_name)
-        _redirect(str(paths.log_file(name)), f"--- {name.name}, attempt {self.attempt}, {time.strftime('%F %T')}")
+        here = rendezvous.place(os.environ) if self.launcher == "slurm" else None
+        rank = here.rank if here else 0
+        if here and not rank:
+            rendezvous.announce(here)
+        title = f"--- {here or name.name}, attempt {self.attempt}, {time.strftime('%F %T')}"
+        _redirect(str(paths.log_file(name, rank)), title)
+        if here and rank:
+            sys.exit(ranks.run_task(name, here, self._find))
         lock = Lock(paths.lock_file(name, "run"))
         if not (lock.acquire(wait=False) or (_restarted() and _outlive(lock, execute.holder(name)))):
             execute.note(name, self.attempt, "error", f"{name.name}: is already running ({execute.holder(name)})")
             sys.exit(1)
         try:
             try:
-                loaded = params.load(paths.root() / params.PARAMS_FILE, self.scale)
-                job = registry.find(loaded, self.stage, dict(self.axes))
+                if here:
+                    rendezvous.join(here)
+                job, loaded = self._find()
             except PipelineError as error:
                 execute.note(name, self.attempt, "error", f"{name.name}: {error}")
                 raise
@@ -80,6 +90,12 @@ class JobEntry:
         except KeyboardInterrupt:
             print(f"{name.name}: cancelled", flush=True)
             sys.exit(130)
+
+    def _find(self) -> "tuple[Job, Params]":
+        from pipeline import params, paths, registry
+
+        loaded = params.load(paths.root() / params.PARAMS_FILE, self.scale)
+        return registry.find(loaded, self.stage, dict(self.axes)), loaded
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> "DelayedSubmission":
         """What submitit runs at a time-out or preemption: the same job, which resumes from its checkpoints.

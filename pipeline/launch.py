@@ -21,6 +21,7 @@ from pipeline.errors import NotYetError, PipelineError, StoppedError
 from pipeline.files import Lock, host, is_alive, is_locked, read_json, write_json
 from pipeline.logs import last_words
 from pipeline.progress import describe
+from pipeline.rendezvous import first_failure
 
 if TYPE_CHECKING:
     from pipeline.backends import Backend
@@ -269,7 +270,8 @@ class Waiter:
         if note is not None and note["status"] == "stopped" and ticket["launcher"] == "local":
             raise StoppedError(note["message"])
         mark_died()
-        cause = backend.cause(self.job, ticket)
+        failed = first_failure(self.job)  # which of several processes
+        cause = f"{failed} ({backend.cause(self.job, ticket)})" if failed else backend.cause(self.job, ticket)
         raise PipelineError(
             f"{self.job.name}: {cause}; run it again to resume from its last checkpoint{last_words(self.job, ticket)}"
         )

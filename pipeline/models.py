@@ -19,7 +19,7 @@ from pipeline.autoencoders import AnyVae, PretrainedVae, Sizes
 from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
 from pipeline.figures import Figure2, Figure3
-from pipeline.hardware import Hardware
+from pipeline.hardware import Hardware, check_nodes
 from pipeline.imported import UNDROPPED, Imported
 from pipeline.networks import Items, Network
 from pipeline.sections import (
@@ -266,16 +266,9 @@ class Scale(Model):
     figure3: Figure3 | None = None
 
     @model_validator(mode="after")
-    def _jobs_fit_a_node(self) -> Scale:
-        if self.hardware is None:
-            return self
-        most = self.hardware.gpus_per_node
+    def _jobs_fit_nodes(self) -> Scale:
         for name, slot in self.slots.items():
-            asked = {f"sizes.{size}.engine": own.engine.processes for size, own in slot.sizes.items()}
-            for key, processes in {**asked, "evaluation": slot.evaluation.processes}.items():
-                if processes > most:
-                    what = f"must be at most hardware.gpus_per_node ({most}), as a job runs on one node"
-                    raise problem(f"slots.{name}.{key}.processes", f"{what}, got {processes}")
+            check_nodes(f"slots.{name}", slot, self.hardware)
         return self
 
     @model_validator(mode="after")

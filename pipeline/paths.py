@@ -64,9 +64,9 @@ def lock_file(job: JobName, kind: str) -> Path:
     return runs(job.scale) / ".work" / f"{job.name}.{kind}.lock"
 
 
-def log_file(job: JobName) -> Path:
-    """The job's log; it stays after success."""
-    return runs(job.scale) / ".logs" / f"{job.name}.log"
+def log_file(job: JobName, rank: int = 0) -> Path:
+    """The job's log, or that of another of its tasks; it stays after success."""
+    return runs(job.scale) / ".logs" / (f"{job.name}.rank-{rank}.log" if rank else f"{job.name}.log")
 
 
 def record_file(job: JobName) -> Path:

@@ -109,8 +109,6 @@ def options(request: dict[str, Any]) -> list[str]:
     """A request as options of sbatch."""
     values = {key: value for key, value in request.items() if key not in NO_OPTIONS}
     values |= request.get("additional_parameters", {})
-    if "tasks_per_node" in values:  # submitit's name for it
-        values["ntasks_per_node"] = values.pop("tasks_per_node")
     return [f"--{key.replace('_', '-')}{'' if value is True else f'={value}'}" for key, value in values.items()]
 
 
@@ -212,7 +210,7 @@ class Node(NamedTuple):
 def asked(request: dict[str, Any]) -> Node:
     """What a request asks of a node."""
     kind, _, gpus = str(request.get("gpus_per_node", 0)).rpartition(":")
-    cores = request["cpus_per_task"] * request.get("tasks_per_node", 1)
+    cores = request["cpus_per_task"] * request.get("ntasks_per_node", 1)
     return Node(cores, int(request["mem"].removesuffix("MB")), int(gpus), kind)
 
 

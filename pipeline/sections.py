@@ -102,6 +102,8 @@ class Engine(Model):
 
     processes: Count = 1
     """Processes that share each batch, one for each GPU."""
+    processes_per_node: Count | None = None
+    """The most of them on one node of a cluster; null: `hardware.gpus_per_node`, and all of them in a scale without that section."""
     accumulation: Count = 1
     """Parts that each process takes its share of a batch in, where it does not fit into memory at once."""
     compile: bool = False
@@ -114,6 +116,10 @@ class Engine(Model):
     """Batches that a thread prepares ahead; worth it with a GPU."""
     budget_minutes: Positive | None = None
     """Minutes after which a training saves, stops and asks to be started again; null: none."""
+
+    def nodes(self, gpus_per_node: int | None) -> int:
+        """Nodes that the processes are spread over; the second is `hardware.gpus_per_node`, if the scale has it."""
+        return math.ceil(self.processes / (self.processes_per_node or gpus_per_node or self.processes))
 
 
 class Training(Model):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline import paths
+from pipeline import paths, rendezvous
 from pipeline.errors import ParamsError, PipelineError
 from pipeline.reading import read_yaml, sentence
 from pipeline.sections import Count, Model, Positive, problem
@@ -25,7 +25,7 @@ from pipeline.sections import Count, Model, Positive, problem
 if TYPE_CHECKING:
     from typing import Self
 
-    from pipeline.registry import Job, Resources
+    from pipeline.registry import Job
 
 SITE = "cluster/slurm/site.yaml"
 FROM_ENVIRONMENT = ("partition", "account", "qos", "constraint")
@@ -134,7 +134,7 @@ class Site(Request):
             "qos": wants.qos,
             "constraint": wants.constraint,
             "time": needs.minutes,
-            **_numbers(needs),
+            **rendezvous.request(needs),
             "stderr_to_stdout": True,
             "signal_delay_s": wants.warning_seconds,
             "setup": list(wants.setup) or None,
@@ -161,17 +161,6 @@ class Site(Request):
         if gpus and wants.gpu_type:
             asked["gpus_per_node"] = f"{wants.gpu_type}:{gpus}"
         return {key: value for key, value in asked.items() if value is not None}
-
-
-def _numbers(needs: Resources) -> dict[str, Any]:
-    """What a job's process needs of its node."""
-    asked = {
-        "mem": f"{needs.memory_mb}MB",
-        "cpus_per_task": needs.threads,
-        # srun takes no number of cores from sbatch since SLURM 22.05: without this the job's processes would share one.
-        "srun_args": [f"--cpus-per-task={needs.threads}"],
-    }
-    return {**asked, "gpus_per_node": needs.gpus} if needs.gpus else asked
 
 
 def kind(job: Job) -> str:

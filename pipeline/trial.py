@@ -40,7 +40,7 @@ class Trial:
         """The request of the kind's first job, made tiny."""
         first = next(job for job in jobs if site.kind(job) == kind)
         request = {
-            key: value for key, value in settings.request(first).items() if key not in ("nodes", "tasks_per_node")
+            key: value for key, value in settings.request(first).items() if key not in ("nodes", "ntasks_per_node")
         }
         if "gpus_per_node" in request:
             name, colon, _ = str(request["gpus_per_node"]).rpartition(":")

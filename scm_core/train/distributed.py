@@ -98,7 +98,9 @@ def own_device() -> torch.device:
     """Where this process computes: on the GPU of its place on the machine (LOCAL_RANK), or on the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    # A launcher may also show each process nothing but its own.
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else place)
 
 
 @contextmanager
@@ -124,6 +126,11 @@ def connected(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), count, device, host)
     finally:
         dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that the connection to another process broke, as when that one has died."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 class Loss(nn.Module):

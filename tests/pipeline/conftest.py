@@ -53,6 +53,8 @@ from pipeline.errors import RegistryError
 class Resources:
     threads: int = 1
     threads_each: int = 1
+    nodes: int = 1
+    tasks_per_node: int = 1
     memory_mb: int = 200
     gpus: int = 0
     minutes: int = 1

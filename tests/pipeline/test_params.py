@@ -28,6 +28,10 @@ TEXT = re.sub(
 # The teacher's rate in scale demo, whatever it is tuned to.
 TEACHER_LR = r"(?<=\n {10})lr: \S+"
 SLOT = "scales.demo.slots.latent_guided"
+HARDWARE = (
+    "hardware: {gpu: X, memory_gb: 80, peak_tflops: 989, utilisation: 0.3, gpus_per_node: 8, cpus_per_gpu: 8, "
+    "host_memory_per_gpu_gb: 64, time_limit_hours: 24}"
+)
 
 Write = Callable[[str], Path]
 
@@ -100,16 +104,42 @@ def test_a_section_may_lie_below_another(write: Write) -> None:
     assert data == read_yaml(write(text))
 
 
-def test_a_job_runs_on_one_node(write: Write) -> None:
-    hardware = (
-        "hardware: {gpu: X, memory_gb: 80, peak_tflops: 989, utilisation: 0.3, gpus_per_node: 8, cpus_per_gpu: 8, "
-        "host_memory_per_gpu_gb: 64, time_limit_hours: 24}"
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ("engine: {processes: 16}", None, ""),
+        ("engine: {processes: 12, processes_per_node: 4}", None, ""),
+        (
+            "engine: {processes: 12}",
+            "engine.processes",
+            "must be at most hardware.gpus_per_node (8) or a multiple of it, as each node of a job has as many, got 12",
+        ),
+        (
+            "engine: {processes: 6, processes_per_node: 4}",
+            "engine.processes",
+            "must be at most processes_per_node (4) or a multiple of it, as each node of a job has as many, got 6",
+        ),
+        (
+            "engine: {processes: 16, processes_per_node: 16}",
+            "engine.processes_per_node",
+            "must be at most hardware.gpus_per_node (8), as each process has a GPU, got 16",
+        ),
+    ],
+)
+def test_processes_are_laid_out_on_nodes(write: Write, section: str, key: str | None, words: str) -> None:
+    text = edit(r"^    slots:", f"    {HARDWARE}\n    slots:").replace("blocks: 5},", f"blocks: 5}}, {section},", 1)
+    if key is None:
+        assert load(write(text)).active.hardware is not None
+    else:
+        assert sentence(write(text)) == f"params.yaml: {SLOT}.sizes.M.{key}: {words}"
+
+
+def test_an_evaluation_runs_on_one_node(write: Write) -> None:
+    text = edit(r"^    slots:", f"    {HARDWARE}\n    slots:").replace(
+        "evaluation:\n", "evaluation:\n          processes: 16\n", 1
     )
-    text = edit(r"^    slots:", f"    {hardware}\n    slots:")
-    assert load(write(text)).active.hardware is not None
-    many = text.replace("blocks: 5},", "blocks: 5}, engine: {processes: 16},", 1)
-    words = "must be at most hardware.gpus_per_node (8), as a job runs on one node, got 16"
-    assert sentence(write(many)) == f"params.yaml: {SLOT}.sizes.M.engine.processes: {words}"
+    words = "must be at most hardware.gpus_per_node (8), as this job runs on one node, got 16"
+    assert sentence(write(text)) == f"params.yaml: {SLOT}.evaluation.processes: {words}"
 
 
 def test_a_batch_has_an_image_for_each_part(write: Write) -> None:
