@@ -21,7 +21,6 @@ from pipeline.errors import NotYetError, PipelineError, StoppedError
 from pipeline.files import Lock, host, is_alive, is_locked, read_json, write_json
 from pipeline.logs import last_words
 from pipeline.progress import describe
-from pipeline.rendezvous import first_failure
 
 if TYPE_CHECKING:
     from pipeline.backends import Backend
@@ -270,6 +269,8 @@ class Waiter:
         if note is not None and note["status"] == "stopped" and ticket["launcher"] == "local":
             raise StoppedError(note["message"])
         mark_died()
+        from pipeline.rendezvous import first_failure
+
         failed = first_failure(self.job)  # which of several processes
         cause = f"{failed} ({backend.cause(self.job, ticket)})" if failed else backend.cause(self.job, ticket)
         raise PipelineError(

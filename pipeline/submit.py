@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline import manifest, paths, publish, registry
+from pipeline import manifest, paths, publish, registry, site
 from pipeline.children import deferred_signals, in_child
 from pipeline.cli import Parser, axis_values
 from pipeline.errors import NotYetError, PipelineError
@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 def submit(jobs: Sequence["Job"], params: Params) -> dict[str, int]:
     """Submits those of the jobs that are ready; returns how many there are of each kind."""
-    from pipeline.submission import request
-
+    settings = site.load()
     counts = {"submitted": 0, "done already": 0, "submitted or running already": 0, "lack an input": 0}
     groups: dict[str, list[tuple[Job, str, dict[str, manifest.Input]]]] = {}
     with contextlib.ExitStack() as locks:
@@ -68,7 +67,7 @@ def submit(jobs: Sequence["Job"], params: Params) -> dict[str, int]:
             if _taken(job, mark):
                 counts["submitted or running already"] += 1
                 continue
-            groups.setdefault(canonical(request(job)), []).append((job, mark, inputs))
+            groups.setdefault(canonical(settings.request(job)), []).append((job, mark, inputs))
         for group in groups.values():
             with deferred_signals() as late:
                 counts["submitted"] += _array(group, params)
