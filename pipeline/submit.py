@@ -6,15 +6,18 @@ hundreds. Nothing waits here; whoever runs a job next, Snakemake or `run`, attac
 """
 
 import contextlib
+import re
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths, publish, registry, site
 from pipeline.children import deferred_signals, in_child
 from pipeline.cli import Parser, axis_values
 from pipeline.errors import NotYetError, PipelineError
-from pipeline.files import Lock, canonical, host, is_locked, write_json
+from pipeline.files import Lock, canonical, host, is_locked, read_json, write_json
 from pipeline.params import PARAMS_FILE, Params, load
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if not jobs:
         registry.find(params, options.stage, axes)  # says which word is wrong
         raise PipelineError(f"{options.stage}: no job of scale {params.scale} has {' '.join(options.axes)}")
+    sweep(params.scale, options.stage)
     counts = submit(jobs, params)
     print(", ".join(f"{count} {words}" for words, count in counts.items() if count))
     return 0
@@ -74,6 +78,18 @@ def submit(jobs: Sequence["Job"], params: Params) -> dict[str, int]:
             if late:
                 raise KeyboardInterrupt(late[0])
     return counts
+
+
+def sweep(scale: str, stage: str) -> None:
+    """Removes what submitit keeps of arrays whose jobs are all published."""
+    work = paths.runs(scale) / ".work"
+    tickets = [read_json(file) or {} for file in work.glob("*/ticket.json")]
+    if any("job_id" in ticket and ticket["job_id"] is None for ticket in tickets):
+        return  # of an array that is just being submitted, perhaps
+    used = {Path(ticket.get("folder") or "").name for ticket in tickets}
+    for folder in work.glob(f"{stage}-*.submitit"):
+        if re.fullmatch(rf"{re.escape(stage)}-[0-9a-f]{{8}}\.submitit", folder.name) and folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _taken(job: "Job", mark: str) -> bool:

@@ -6,8 +6,10 @@ elsewhere.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import time
 from typing import Any
 
@@ -160,3 +162,72 @@ def test_a_refused_submission(cluster: Any) -> None:
     assert "SLURM refused the job" in done.err
     assert "violates accounting/QOS policy" in done.err
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED"])
+def test_what_the_cluster_stops_for_good_is_submitted_again(cluster: Any, state: str) -> None:
+    cluster.run("first")
+    (cluster.root / "pipeline/scheduler.py").write_text(
+        (cluster.root / "pipeline/scheduler.py").read_text().replace("LASTING_S = 60.0", "LASTING_S = 2.0")
+    )
+    waiter = cluster.start("steps", "slurm", STEP_SECONDS="0.2")
+    step = cluster.work / "steps/work/step"
+    cluster.wait_for(lambda: step.exists() and int(step.read_text()) >= 3)
+    script = cluster.root / "state/jobs.101"
+    script.write_text(
+        re.sub("RUNNING", f"{state} CANCELLED", script.read_text())
+    )  # the second for the stand-in of sbatch
+    os.kill(cluster.pid("steps"), signal.SIGKILL)
+    time.sleep(0.5)
+    script.write_text(f"101|{state}|n1|None|{script.read_text().split('|')[-1]}")
+    out, err = waiter.communicate(timeout=60)
+    assert waiter.returncode == 0, err
+    assert "steps: SLURM job 101 on n1 was stopped by the cluster; submitting it again" in out
+    assert (cluster.root / "state/count").read_text() == "x\nx\n"
+    first, second = (cluster.work.parent / "starts.txt").read_text().split()
+    assert (first, int(second) >= 3) == ("0", True)
+
+
+def test_a_scheduler_that_lets_nobody_in_is_tried_again(cluster: Any) -> None:
+    program = cluster.root / "bin/sbatch"
+    full = "sbatch: error: QOSMaxSubmitJobPerUserLimit"
+    program.write_text(f'#!/bin/sh\n[ -e $STATE/full ] && {{ echo "{full}" >&2; exit 1; }}\n{program.read_text()}')
+    (cluster.root / "state/full").touch()
+    waiter = cluster.start("first", "slurm")
+    cluster.wait_for(lambda: (cluster.root / "state/queries").exists())  # looked for, should it be there already
+    (cluster.root / "state/full").unlink()
+    out, err = waiter.communicate(timeout=60)
+    assert waiter.returncode == 0, err
+    assert "first: QOSMaxSubmitJobPerUserLimit; trying again until it works\n" in out
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_restarted_job_outlives_the_lock_of_its_dead_node(cluster: Any) -> None:
+    code = """
+    import atexit, os, threading, time, types
+    from pipeline import entry, files, paths
+    os.environ["SLURM_RESTART_COUNT"] = RESTARTS
+    lock = paths.lock_file(types.SimpleNamespace(scale="tiny", name="first"), "run")
+    entry.OUTLIVE_S = 20.0
+    def leave():
+        time.sleep(3)
+        os.kill(holder, 9)
+    holder = os.fork()
+    if holder == 0:
+        files.Lock(lock).acquire()
+        time.sleep(60)
+    while not files.is_locked(lock):
+        time.sleep(0.1)
+    if RESTARTS == "1":
+        threading.Thread(target=leave).start()
+    atexit.register(os.kill, holder, 9)
+    from pipeline import manifest, params, registry
+    loaded = params.load(paths.root() / "params.yaml")
+    mark = manifest.fingerprint(registry.find(loaded, "first", {}), loaded, {})
+    entry.JobEntry(str(paths.root()), "tiny", "first", (), mark, "abc", "slurm")()
+    """
+    for restarts, status in (("1", "ok"), ("0", "error")):
+        done = cluster.python(code.replace("RESTARTS", repr(restarts)))
+        note = json.loads((cluster.work / "first/exit.json").read_text())
+        assert note["status"] == status, (note, done.err)
+    assert "is already running" in note["message"]

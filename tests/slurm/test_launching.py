@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,22 @@ def ended(repo: ClusterRepo, name: str) -> bool:
     return repo.state(name) not in ("PENDING", "RUNNING", "COMPLETING")
 
 
-def deaths(repo: ClusterRepo, causes: dict[str, str], seconds: float) -> None:
-    """Runs stages that die, and one that depends on nothing of them; checks what the waiters say, and that they say it in time."""
-    waiters = {name: repo.waiter(name) for name in (*causes, "first")}
+def start(repo: ClusterRepo, causes: dict[str, str]) -> "dict[str, subprocess.Popen[str]]":
+    """Waiters of stages that die, and of one that depends on nothing of them."""
+    return {name: repo.waiter(name) for name in (*causes, "first")}
+
+
+def deaths(
+    repo: ClusterRepo, causes: dict[str, str], waiters: "dict[str, subprocess.Popen[str]]", seconds: float
+) -> None:
+    """Checks what the waiters say, and that they say it within a minute of the death."""
     if "sleeper" in causes:
         repo.repo.pid("sleeper")
         repo.slurm("scancel", repo.ticket("sleeper")["job_id"])
     said = {}
     for name, waiter in waiters.items():
         repo.slurm.wait_for(lambda name=name: repo.submissions(name) and ended(repo, name), seconds=seconds)
-        said[name] = waiter.communicate(timeout=60)  # of the end of its job
+        said[name] = waiter.communicate(timeout=60)
     assert waiters["first"].returncode == 0, said["first"]
     assert (repo.root / "runs/tiny/first/data.bin").exists()
     for name, cause in causes.items():
@@ -62,21 +70,26 @@ def deaths(repo: ClusterRepo, causes: dict[str, str], seconds: float) -> None:
 
 
 def test_each_death_has_its_cause_without_accounting(cluster_repo: ClusterRepo) -> None:
-    deaths(cluster_repo, CAUSES, 60)
+    deaths(cluster_repo, CAUSES, start(cluster_repo, CAUSES), 60)
 
 
 def test_each_death_has_its_cause_with_accounting(slurm_accounting: Any, tmp_path: Path) -> None:
     repo = ClusterRepo(tmp_path / "repo", slurm_accounting)
     repo.env["SCM_SLURM_ACCOUNT"] = "research"
     try:
-        deaths(repo, CAUSES, 60)
+        deaths(repo, CAUSES, start(repo, CAUSES), 60)
     finally:
         repo.close()
 
 
-@pytest.mark.slow
-def test_a_time_limit_that_nothing_is_saved_in(cluster_repo: ClusterRepo) -> None:
-    deaths(cluster_repo, SLOW_CAUSES, 180)
+@pytest.fixture(scope="module")
+def timing_out(accounting_slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Jobs that run into their time limit, on the other cluster: SLURM takes two minutes for that, in which other tests go on."""
+    accounting_slurm.idle()
+    repo = ClusterRepo(tmp_path_factory.mktemp("limits") / "repo", accounting_slurm)
+    repo.env["SCM_SLURM_ACCOUNT"] = "research"
+    yield repo, start(repo, SLOW_CAUSES)
+    repo.close()
 
 
 def reached(repo: ClusterRepo, step: int) -> Any:
@@ -193,6 +206,8 @@ def test_cancelling_snakemake_cancels_the_jobs(cluster_repo: ClusterRepo, tmp_pa
     engine.wait(60)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("timing_out")
 def test_a_scheduler_that_is_away_for_a_minute_ends_nothing(cluster_repo: ClusterRepo) -> None:
     repo, slurm = cluster_repo, cluster_repo.slurm
     assert repo.waiter("first").wait(60) == 0
@@ -209,6 +224,12 @@ def test_a_scheduler_that_is_away_for_a_minute_ends_nothing(cluster_repo: Cluste
     assert "trying again until it works" in said[1][0]
     assert [len(repo.submissions(name)) for name in ("steps", "second")] == [1, 1]
     assert starts(repo) == [0]
+
+
+@pytest.mark.slow
+def test_a_time_limit_that_nothing_is_saved_in(timing_out: Any) -> None:
+    repo, waiters = timing_out
+    deaths(repo, SLOW_CAUSES, waiters, 180)
 
 
 def test_logs_of_a_job(cluster_repo: ClusterRepo) -> None:
