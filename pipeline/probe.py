@@ -85,17 +85,19 @@ def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def reach(address: str) -> str | None:
-    """What goes wrong when a tracking server is asked for its health; None when it answers."""
+    """What goes wrong when a tracking server is asked for an experiment; None when it answers."""
     import urllib.error
     import urllib.request
 
+    # Not for its health: that it tells everybody, those too whom it refuses to answer.
+    asked = f"{address.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5):
+        with urllib.request.urlopen(asked, timeout=10):
             return None
     except urllib.error.HTTPError as error:
         if error.code == 403:
             return "403 Forbidden: it does not know the name that it is called by (--allowed-hosts)"
-        return None if error.code in (401, 404) else f"{error.code} {error.reason}"
+        return None if error.code == 401 else f"{error.code} {error.reason}"
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
 

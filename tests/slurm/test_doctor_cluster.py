@@ -138,9 +138,10 @@ def test_a_tracking_server_that_nodes_do_not_reach(doctor: Doctor) -> None:
     assert "--allowed-hosts" in remedy
 
 
-class _Health(http.server.BaseHTTPRequestHandler):
+class _Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 403 if self.path.startswith("/strict") else 500)
+        refused = {"strict": 403, "locked": 401, "other": 500}.get(self.path.split("/")[1])
+        self.send_response(200 if self.path.endswith("/health") else refused or 200)
         self.end_headers()
 
     def log_message(self, *words: Any) -> None:
@@ -148,11 +149,12 @@ class _Health(http.server.BaseHTTPRequestHandler):
 
 
 def test_what_a_server_answers() -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), _Health) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert probe.reach(address) is None
         assert probe.reach(f"{address}/") is None
+        assert probe.reach(f"{address}/locked") is None  # it is there, and wants a password that the jobs have
         assert "--allowed-hosts" in str(probe.reach(f"{address}/strict"))
         assert "500" in str(probe.reach(f"{address}/other"))
         server.shutdown()
