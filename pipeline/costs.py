@@ -291,7 +291,19 @@ def figure2(scale: Scale, axes: Mapping[str, str]) -> Resources:
 
 def figure(scale: Scale, axes: Mapping[str, str]) -> Resources:
     """Drawing a figure."""
-    return _resources(scale, 1 * MB, seconds=10)
+    return _resources(scale, 1 * MB, seconds=3)
+
+
+def grids(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Samples with one and with two steps at three scales."""
+    return _resources(scale, 3 * MB, seconds=20)
+
+
+def figure4(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Training three embeddings from several seeds."""
+    plan = scale.figure4
+    assert plan is not None
+    return _resources(scale, 1 * MB, seconds=5 + TOY * plan.width * plan.batch * 3 * plan.seeds * plan.iterations)
 
 
 def figure3(scale: Scale, axes: Mapping[str, str]) -> Resources:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage figure1: FID against effective sampling compute (parameters in billions × NFE): all systems of Table 2, and ours beside them."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from pipeline import measured, paths, style
+from pipeline.context import Context
+from pipeline.overrides import base_of
+from pipeline.scaling import our_systems, systems
+from pipeline.shown import LATENT, table5_students
+from pipeline.tables import METHOD_NAMES, method_name
+
+NAMES = {"teacher": "TrigFlow teacher", "sct": "sCT", "scd": "sCD"}
+
+
+def run(ctx: Context) -> None:
+    """Write figure1.png, figure1.pdf and figure1.csv, its numbers."""
+    slot, points = ctx.scale.slots[LATENT], measured.read(ctx.inputs)
+    paper = systems(paths.root())
+    students = {size: list(dict.fromkeys(map(base_of, table5_students(slot, size)))) for size in slot.sizes}
+    ours = our_systems(points, slot, LATENT, students)
+    pd.concat([paper, ours]).to_csv(ctx.out / "figure1.csv", index=False, float_format="%.6g")
+    ctx.tracker.log_artifact(ctx.out / "figure1.csv")
+    figure, ((left, right),) = style.panels(1, 2, height=3.0)
+    for section, group in paper[paper.method == "other"].groupby("section", sort=False):
+        marker = {"GANs & masked models": "x"}.get(str(section), "+")
+        left.plot(group.compute, group.fid, marker, color=style.GREY, label=str(section).replace(" models", ""))
+    draw(left, paper[paper.method != "other"], {key: (name, key) for key, name in NAMES.items()})
+    left.set_title("published: ImageNet 512×512")
+    named = {m: (method_name(slot, s, m), m) for s, methods in students.items() for m in methods}
+    draw(right, ours, {"teacher": (METHOD_NAMES["teacher"], "teacher"), **named})
+    right.set_title(f"ours: {style.face(ctx, slot, points.features)}", fontsize=7)
+    for axis in (left, right):
+        axis.set(
+            xscale="log", yscale="log", xlabel="effective sampling compute (billion parameters × NFE)", ylabel="FID"
+        )
+        style.plain(axis, "y")
+        axis.legend(ncols=1)
+    style.save(ctx, figure, "figure1")
+
+
+def draw(axis: Axes, table: pd.DataFrame, names: dict[str, tuple[str, str]]) -> None:
+    """A line over sizes for each method and number of steps; bars are standard errors."""
+    if table.empty:
+        style.placeholder(axis, "missing")
+        return
+    for (method, steps), group in table.groupby(["method", "steps"], sort=False):
+        name, key = names[str(method)]
+        steps_shown = key in ("sct", "scd", "scd_vsd", "vsd")
+        label = f"{name}, {style.steps_label(steps)}" if steps_shown else name
+        axis.errorbar(
+            group.compute, group.fid, group.fid_se, ls=style.LINES.get(steps, "-"), label=label, **style.look(key)
+        )
