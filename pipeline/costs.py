@@ -259,7 +259,7 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
         guided += others * plan.select_samples + min(len(plan.spaces), others) * reported
     training = student or slot.teacher_for(axes["size"])
     if training.snapshots:  # other averages are measured in full, earlier checkpoints on one set
-        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples
+        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples * training.snapshots.measured
         averages = 1 + sum(width != training.ema_sigma_rel for width in plan.averages)
         unguided, guided = averages * unguided + earlier, averages * guided + (earlier if guided else 0)
     if student is None:  # guidance costs a second pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,14 +108,15 @@ def measure(plan: Figure4, seed: int, report: Callable[[int], None] = lambda ite
     return list(_measure(plan, seed, report))
 
 
+def _further(report: Callable[[int], None], before: int, iterations: int) -> None:
+    report(before + iterations)
+
+
 def _measure(plan: Figure4, seed: int, report: Callable[[int], None]) -> Iterator[Row]:
     mixture, done = mixture_of(plan), 0
     for variant in VARIANTS:
         for number in range(plan.seeds):
-            before = done
-            net = teacher(
-                plan, variant, derive_seed(seed, "figure4", number), lambda n, before=before: report(before + n)
-            )  # type: ignore[misc]
+            net = teacher(plan, variant, derive_seed(seed, "figure4", number), partial(_further, report, done))
             done += plan.iterations
             net.double()
             random = generator_for(seed, "figure4 points")

@@ -208,7 +208,7 @@ class Slot(Model):
                 if section.snapshots is None:
                     continue
                 kept, every = True, section.snapshots.every
-                if wrong := [n for n in how.checkpoints if n % every]:
+                if wrong := [n for n in how.checkpoints if section.snapshots.measured and n % every]:
                     what = f"must be multiples of {key}.snapshots.every ({every} for size {size})"
                     raise problem("evaluation.checkpoints", f"{what}, got {wrong[0]}")
                 if how.averages and section.iterations % every:

@@ -46,8 +46,7 @@ def quantities(
         rows.append({"section": section, "sampler": f"{slot_name}: not in this scale", "value": MISSING})
         return pd.DataFrame(rows, columns=COLUMNS).fillna("")
     for size in slot.sizes:
-        for row in _of_size(slot, slot_name, size, points):
-            rows.append({"section": section, "size": size, **row})
+        rows += [{"section": section, "size": size, **row} for row in _of_size(slot, slot_name, size, points)]
     return pd.DataFrame(rows, columns=COLUMNS).fillna("")
 
 

@@ -15,6 +15,7 @@ from pipeline.shown import LATENT
 from pipeline.tables import published
 
 FAMILIES = {"EDM2": "teacher", "sCT": "sct", "sCD": "scd"}
+COLUMNS = ["source", "size", "gflops", "fid", "fid_se", "method", "steps", "ratio", "ratio_se", "seeds", "run"]
 UNITS = {"M": 1e-3, "B": 1.0}  # to billions
 
 
@@ -98,7 +99,7 @@ def ours(points: pd.DataFrame, slot: Slot, name: str) -> pd.DataFrame:
                 own = {"source": "ours", "size": size, "gflops": cost, "fid": found.value, "fid_se": found.error}
                 own |= {"method": method, "steps": steps, "ratio": relative.value, "ratio_se": relative.error}
                 rows.append({**own, "seeds": found.seeds, "run": measured.runs(best)})
-    return pd.DataFrame(rows, columns=["source", "size", "gflops", "fid", "fid_se", "method", "steps", "ratio", "ratio_se", "seeds", "run"])  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def our_systems(points: pd.DataFrame, slot: Slot, name: str, methods: dict[str, list[str]]) -> pd.DataFrame:

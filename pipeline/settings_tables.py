@@ -29,7 +29,7 @@ def _network(key: str) -> Read:
 
 
 def _students(key: str, *methods: str) -> Read:
-    """The values of a key over a size's students of those methods (of all, if none is named), each once; those of ablations are not shown."""
+    """The values of a key over a size's students of those methods (of all, if none is named), each once; not those of ablations."""
 
     def read(slot: Slot, size: str) -> list[Any]:
         students = slot.sizes[size].students
@@ -142,7 +142,7 @@ def settings_note(slot: Slot, scale: str) -> str:
     """What our columns are."""
     side = slot.dataset.resolution
     return (
-        f"Columns *ours* are what scale {scale} trains with on {slot.dataset.source} ({side} × {side}), from params.yaml: teachers, sCT, sCD, "
-        f"multistep sCD, VSD; where students differ, all values. Parameters are counted with double normalisation, which the paper's count "
+        f"Columns *ours* are what scale {scale} trains with on {slot.dataset.source} ({side} × {side}), from params.yaml: teachers, sCT, "
+        f"sCD, multistep sCD, VSD; where students differ, all values. Parameters are counted with double normalisation, which the paper's count "
         f"leaves out. *{MISSING}*: nothing of the kind is trained at that size."
     )

@@ -24,6 +24,9 @@ TABLE1_COLUMNS = [
 TABLE2_COLUMNS = [
     "section", "method", "size", "nfe", "fid", "fid_se", "params", "guidance", "dataset", "features", "samples", "seeds", "run"
 ]  # fmt: skip
+TABLE_E3_COLUMNS = [
+    "section", "method", "iterations", "fid", "fid_se", "size", "batch", "dataset", "features", "samples", "seeds", "run"
+]  # fmt: skip
 FEATURES = {
     "classifier": "the features of a small classifier, not in Inception's",
     "inception": "Inception's features",
@@ -183,8 +186,7 @@ def table_e3(root: Path, points: pd.DataFrame, slot: Slot | None, scale: str) ->
             row |= {"iterations": format_iterations(training.iterations), "batch": str(training.batch)}
             measured_rows = measured.reported(own, 1)
             rows.append({**row, **(cells(measured_rows) if len(measured_rows) else {"fid": MISSING})})
-    columns = ["section", "method", "iterations", "fid", "fid_se", "size", "batch", "dataset", "features", "samples", "seeds", "run"]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns).fillna("")
+    return pd.DataFrame(rows, columns=TABLE_E3_COLUMNS).fillna("")
 
 
 def format_iterations(count: int) -> str:
@@ -221,10 +223,10 @@ def how_note(slot: Slot) -> str:
     grid = ", ".join(f"{scale:g}" for scale in how.guidance)
     chosen = f"; guidance chosen on {how.select_samples} other samples from {grid}" if len(how.guidance) > 1 else ""
     return (
-        f"FID ± standard error of {how.samples} samples against the training images{sets}{chosen}. The error is that of independent samples, "
-        "an upper estimate for ours, which have equally many of each class; of repeated trainings (seeds) their mean stands, with the error "
-        f"of the mean from their spread where that is larger. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. NFE n x2: two passes "
-        f"for each guided evaluation. *{MISSING}*: not run at this scale."
+        f"FID ± standard error of {how.samples} samples against the training images{sets}{chosen}. The error is that of independent "
+        "samples, an upper estimate for ours, which have equally many of each class; of repeated trainings (seeds) their mean stands, with "
+        f"the error of the mean from their spread where that is larger. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. NFE n x2: "
+        f"two passes for each guided evaluation. *{MISSING}*: not run at this scale."
     )
 
 
