@@ -40,11 +40,12 @@ class Claim(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was measured for a claim: the number, the margin by which it is on the claimed side, the margin's error, the runs."""
+    """What was measured for a claim: the number, the margin by which it is on the claimed side, the error of both, the runs."""
 
     value: float
     margin: float
-    error: float
+    error: float | None
+    """None: a count."""
     why: str
     runs: str = ""
     digits: int = 3
@@ -76,9 +77,9 @@ class Absent(Exception):
     """A run that a claim needs is not there; the message says which."""
 
 
-def judged(margin: float, error: float) -> str:
-    """The rule of this module."""
-    if error == 0:
+def judged(margin: float, error: float | None) -> str:
+    """The rule of this module; a count's error is None."""
+    if error is None:
         return HOLDS if margin >= 0 else FAILS
     if abs(margin) <= ERRORS * error:
         return OPEN
@@ -91,13 +92,12 @@ def claim(id: str, statement: str, paper: str, rule: str, find: Callable[[], Fou
         found = find()
     except Absent as absent:
         return Claim(id, statement, paper, "missing", "", rule, OPEN, str(absent), "")
-    verdict = judged(found.margin, found.error)
-    why = found.why
+    verdict, why = judged(found.margin, found.error), found.why
     if verdict == OPEN:
         why = (
             f"{why}; the margin of {found.margin:.3g} is within {ERRORS:g} standard errors ({found.error:.2g}) of zero"
         )
-    ours, error = f"{found.value:.{found.digits}f}", f"{found.error:.{found.digits}f}" if found.error else ""
+    ours, error = f"{found.value:.{found.digits}f}", "" if found.error is None else f"{found.error:.{found.digits}f}"
     return Claim(id, statement, paper, ours, error, rule, verdict, why, found.runs)
 
 

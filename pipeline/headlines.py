@@ -146,7 +146,7 @@ def sampling_compute(seen: Evidence) -> Found:
     needed(teacher, "its teacher")
     a, b = (compute(float(part.params.iloc[0]), int(part.nfe.max())) for part in (student, teacher))
     why = f"size {size[0]}: NFE {student.nfe.max()} against {teacher.nfe.max()}; a count. No earlier model is measured here"
-    return Found(a / b, SHARE - a / b, 0.0, why, joined_runs(student, teacher))
+    return Found(a / b, SHARE - a / b, None, why, joined_runs(student, teacher))
 
 
 def stable_training(seen: Evidence) -> Found:
@@ -170,7 +170,7 @@ def stable_training(seen: Evidence) -> Found:
     why = f"{checked} trainings, {curves} students with earlier checkpoints" + (
         f"; {', '.join(unstable)}" if unstable else ""
     )
-    return Found(len(unstable), -float(len(unstable)), 0.0, why, joined_runs(*used), digits=0)
+    return Found(len(unstable), -float(len(unstable)), None, why, joined_runs(*used), digits=0)
 
 
 def got_worse(found: pd.DataFrame) -> bool | None:
@@ -239,7 +239,7 @@ def training_compute(seen: Evidence) -> Found:
     why = f"size {size}, reached at iteration {near.iterations} of the measured ones ({shown})"
     if len(found) == 1:
         why = f"size {size}, all its iterations, as no earlier checkpoint was measured"
-    return Found(value, TRAINING - value, 0.0, why, " ".join(dict.fromkeys(" ".join(found.run).split())))
+    return Found(value, TRAINING - value, None, why, " ".join(dict.fromkeys(" ".join(found.run).split())))
 
 
 def iteration_cost(seen: Evidence) -> Found:
@@ -256,7 +256,7 @@ def iteration_cost(seen: Evidence) -> Found:
         why = (
             "counted, per image; a backward pass as two, a tangent as one; times are in benchmarks/results/step_cost.md"
         )
-        return Found(value, ABOUT - abs(value - TWICE), 0.0, why)
+        return Found(value, ABOUT - abs(value - TWICE), None, why)
     raise Absent("no guided sCD at this scale")
 
 

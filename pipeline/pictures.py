@@ -43,7 +43,7 @@ def grid(rows: Sequence[Row], columns: Sequence[str], title: str, margin: float 
     height = max(side, 0.13 * lines)
     top = 0.42 + 0.14 * title.count("\n")
     width, tall = margin + count * side + 0.05, top + len(rows) * height + 0.05
-    figure = Figure(figsize=(max(width, 3.0), tall))
+    figure = Figure(figsize=(max(width, 4.2), tall))  # wide enough for the title
     figure.set_layout_engine("none")
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows, strict=True):
@@ -57,6 +57,11 @@ def grid(rows: Sequence[Row], columns: Sequence[str], title: str, margin: float 
     wide, tall = figure.get_size_inches()
     figure.suptitle(title, y=1 - 0.06 / tall, va="top")
     figure.subplots_adjust(
-        left=margin / wide, right=1 - 0.02 / wide, top=1 - top / tall, bottom=0.02 / tall, wspace=0.03, hspace=0.03
+        left=margin / wide,
+        right=(margin + count * side) / wide,
+        top=1 - top / tall,
+        bottom=0.02 / tall,
+        wspace=0.03,
+        hspace=0.03,
     )
     return figure

@@ -128,4 +128,6 @@ def _value(scale: BaseModel, key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):  # the students of a slot
+        return {key: _plain(part) for key, part in value.items()}
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

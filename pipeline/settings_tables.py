@@ -143,6 +143,6 @@ def settings_note(slot: Slot, scale: str) -> str:
     side = slot.dataset.resolution
     return (
         f"Columns *ours* are what scale {scale} trains with on {slot.dataset.source} ({side} × {side}), from params.yaml: teachers, sCT, "
-        f"sCD, multistep sCD, VSD; where students differ, all values. Parameters are counted with double normalisation, which the paper's count "
-        f"leaves out. *{MISSING}*: nothing of the kind is trained at that size."
+        "sCD, multistep sCD, VSD; where students differ, all values. Parameters are counted with double normalisation, which the paper's "
+        f"count leaves out. *{MISSING}*: nothing of the kind is trained at that size."
     )

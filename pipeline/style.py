@@ -7,11 +7,12 @@ colour and one marker in all figures, a number of steps one kind of line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
+import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
@@ -48,6 +49,7 @@ LOOKS = {
     "dscd": Look(PURPLE, "X"),
     "other": Look(GREY, "."),
 }
+NOTHING = NullFormatter()
 LINES = {1: "--", 2: "-"}  # by number of steps
 
 plt.rcParams.update(
@@ -91,12 +93,31 @@ def steps_label(steps: int) -> str:
     return f"{steps} step{'s' * (steps > 1)}"
 
 
-def face(ctx: Context, slot: Slot, features: Sequence[str] = ()) -> str:
+def face(ctx: Context, slot: Slot) -> str:
     """What a figure was measured on, for its title."""
     side = slot.dataset.resolution
-    where = f"{slot.dataset.source} {side}×{side}"
-    space = f", FID in {' and '.join(dict.fromkeys(features))}" if len(features) else ""
-    return f"{where}, scale {ctx.job.scale}{space}"
+    return f"{slot.dataset.source} {side}×{side}, scale {ctx.job.scale}"
+
+
+def space(points: pd.DataFrame) -> str:
+    """The features that FID was measured in."""
+    known = dict.fromkeys(points.features[points.space != "dinov2"]) if len(points) else {}
+    return f"FID in {' and '.join(known) or 'no features: nothing was measured'}"
+
+
+def bars(errors: pd.Series) -> pd.Series | None:
+    """Standard errors to draw; None where there are none, as of published numbers."""
+    return errors if (errors > 0).any() else None
+
+
+def legend_below(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
+    """One legend for all panels, below them: each name once."""
+    known: dict[str, Any] = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        known = {**dict(zip(names, handles, strict=True)), **known}
+    if known:
+        figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns)
 
 
 def placeholder(axis: Axes, words: str) -> None:

@@ -224,9 +224,10 @@ def how_note(slot: Slot) -> str:
     chosen = f"; guidance chosen on {how.select_samples} other samples from {grid}" if len(how.guidance) > 1 else ""
     return (
         f"FID ± standard error of {how.samples} samples against the training images{sets}{chosen}. The error is that of independent "
-        "samples, an upper estimate for ours, which have equally many of each class; of repeated trainings (seeds) their mean stands, with "
-        f"the error of the mean from their spread where that is larger. Teacher: {how.teacher.solver}, {how.teacher.steps} steps. NFE n x2: "
-        f"two passes for each guided evaluation. *{MISSING}*: not run at this scale."
+        "samples, an upper estimate for ours, which have equally many of each class; of repeated trainings (seeds) their mean stands, "
+        "with the error of the mean from their spread where that is larger. "
+        f"Teacher: {how.teacher.solver}, {how.teacher.steps} steps. NFE n x2: two passes for each guided evaluation. "
+        f"*{MISSING}*: not run at this scale."
     )
 
 

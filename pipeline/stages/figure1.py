@@ -27,16 +27,17 @@ def run(ctx: Context) -> None:
         marker = {"GANs & masked models": "x"}.get(str(section), "+")
         left.plot(group.compute, group.fid, marker, color=style.GREY, label=str(section).replace(" models", ""))
     draw(left, paper[paper.method != "other"], {key: (name, key) for key, name in NAMES.items()})
-    left.set_title("published: ImageNet 512×512")
+    left.set_title("the paper and what it cites: ImageNet 512×512\nFID in Inception's features")
     named = {m: (method_name(slot, s, m), m) for s, methods in students.items() for m in methods}
     draw(right, ours, {"teacher": (METHOD_NAMES["teacher"], "teacher"), **named})
-    right.set_title(f"ours: {style.face(ctx, slot, points.features)}", fontsize=7)
+    right.set_title(f"ours: {style.face(ctx, slot)}\n{style.space(points)}")
     for axis in (left, right):
         axis.set(
             xscale="log", yscale="log", xlabel="effective sampling compute (billion parameters × NFE)", ylabel="FID"
         )
-        style.plain(axis, "y")
-        axis.legend(ncols=1)
+        style.plain(axis)
+        axis.xaxis.set_minor_formatter(style.NOTHING)
+        axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     style.save(ctx, figure, "figure1")
 
 
@@ -50,5 +51,10 @@ def draw(axis: Axes, table: pd.DataFrame, names: dict[str, tuple[str, str]]) -> 
         steps_shown = key in ("sct", "scd", "scd_vsd", "vsd")
         label = f"{name}, {style.steps_label(steps)}" if steps_shown else name
         axis.errorbar(
-            group.compute, group.fid, group.fid_se, ls=style.LINES.get(steps, "-"), label=label, **style.look(key)
+            group.compute,
+            group.fid,
+            style.bars(group.fid_se),
+            ls=style.LINES.get(steps, "-"),
+            label=label,
+            **style.look(key),
         )

@@ -35,7 +35,7 @@ def draw(toy: Toy, result: Result, title: str) -> Figure:
     figure.suptitle(title)
     draw_paths(toy, result, left)
     draw_errors(result.rows, "rms_error", middle)
-    middle.set(title="(b) one-step sample after training", ylabel="RMS distance from the exact map (σ_d = 0.5)")
+    middle.set(title="(b) one-step sample after training", ylabel="RMS distance from the exact map")
     draw_errors(result.rows, "tangent_error", right)
     right.set(title="(c) tangent of one fixed network", ylabel="relative RMS error of the tangent")
     return figure

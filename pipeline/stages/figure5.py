@@ -23,7 +23,7 @@ def run(ctx: Context) -> None:
     figure, grid = style.panels(len(sizes), 3, height=2.5)
     bars = f"seeds: {table.seeds.max() if len(table) else 0}; bars: standard errors of the mean"
     figure.suptitle(
-        f"{style.face(ctx, slot, points.features)}\n{style.steps_label(STEPS)}, FID at the selected guidance; {bars}"
+        f"{style.face(ctx, slot)}, {style.space(points)}\n{style.steps_label(STEPS)}, FID at the selected guidance; {bars}"
     )
     for line, size, rows in zip(grid, sizes, tables, strict=True):
         for axis, (panel, students), colours in zip(line, panels_of(slot, size).items(), PALETTES, strict=True):

@@ -23,7 +23,7 @@ def run(ctx: Context) -> None:
     how, slot = ctx.scale.slots[LATENT].evaluation, ctx.scale.slots[LATENT]
     images = points.reference_images.iloc[0] if len(points) else 0
     title = (
-        f"{style.face(ctx, slot, points.features)}\n"
+        f"{style.face(ctx, slot)}, {style.space(points)}\n"
         f"{how.select_samples} samples a point against {images} images; bars: one standard error"
     )
     style.save(ctx, draw(points, title), "figure7")
@@ -47,7 +47,7 @@ def draw(points: pd.DataFrame, title: str) -> Figure:
                     group.guidance, group[key], group[f"{key}_se"], ls=style.LINES.get(steps, "-"), label=name, **style.look(method)
                 )  # fmt: skip
             axis.set(xlabel="guidance scale s", ylabel=f"{label}, size {size}")
-        line[0].legend()
+    style.legend_below(figure, grid.flat, 4)
     if not sizes:
         style.placeholder(grid[0][0], "missing: no guided model at this scale")
     return figure

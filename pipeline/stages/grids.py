@@ -30,4 +30,4 @@ def run(ctx: Context) -> None:
             rows.append((f"{label}", images_of(slot, student, network, decode, indices, labels, steps, used)))
         guidance = f"guidance {scale:g}" if guided else "unguided"
         who = f"{METHOD_NAMES.get(model.method, model.method)}-{model.size}, {style.steps_label(steps)}, {guidance}"
-        style.save(ctx, grid(rows, [], f"{who}\n{style.face(ctx, slot)}: one row for each class, not selected"), name)
+        style.save(ctx, grid(rows, [], f"{who}\n{style.face(ctx, slot)}: rows: classes"), name)

@@ -23,11 +23,11 @@ from pipeline import evaluate as command
 from pipeline.context import Context
 from pipeline.errors import PipelineError
 from pipeline.job import Job
+from pipeline.measured import measured_points
 from pipeline.params import Params, read_yaml, validate
 from pipeline.ranks import Silent
 from pipeline.results import read
 from pipeline.stages import dataset, evaluate, evaluations, features, reference
-from pipeline.tables import measured_points
 from scm_core.ema import save_snapshot
 from scm_core.nn.build import build_network, save_model
 
