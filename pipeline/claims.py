@@ -21,6 +21,7 @@ from pipeline.params import Params, Slot
 from pipeline.shown import LATENT
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable at this scale"
+FIGURE = "a figure without numbers"  # what the paper has in place of a value
 ERRORS = 2.0  # standard errors that decide
 COLUMNS = ["id", "statement", "paper", "ours", "standard_error", "rule", "verdict", "why", "scale", "dataset", "runs"]
 
