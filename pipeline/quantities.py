@@ -13,7 +13,7 @@ from pipeline.overrides import base_of
 from pipeline.params import Scale, Slot
 from pipeline.shown import LATENT, multistep
 from pipeline.tables import INCEPTION, published
-from pipeline.writing import MISSING
+from pipeline.writing import MISSING, text_table
 
 COLUMNS = [
     "section",
@@ -44,10 +44,10 @@ def quantities(
     section = f"Ours, scale {scale_name}"
     if slot is None:
         rows.append({"section": section, "sampler": f"{slot_name}: not in this scale", "value": MISSING})
-        return pd.DataFrame(rows, columns=COLUMNS).fillna("")
+        return text_table(rows, COLUMNS)
     for size in slot.sizes:
         rows += [{"section": section, "size": size, **row} for row in _of_size(slot, slot_name, size, points)]
-    return pd.DataFrame(rows, columns=COLUMNS).fillna("")
+    return text_table(rows, COLUMNS)
 
 
 def _of_size(slot: Slot, name: str, size: str, points: pd.DataFrame) -> Iterator[Row]:
@@ -118,4 +118,4 @@ def by_size(table: pd.DataFrame) -> pd.DataFrame:
         error = f" ± {row['value_se']}" if row["value_se"] else ""
         line = rows.setdefault(key, {"section": key[0], "sampler": key[1], "quantity": key[2]})
         line[row["size"] or next(iter(sizes))] = f"{row['value']}{error}"
-    return pd.DataFrame(rows.values(), columns=["section", "sampler", "quantity", *sizes]).fillna("")
+    return text_table(rows.values(), ["section", "sampler", "quantity", *sizes])

@@ -16,13 +16,14 @@ from pipeline.params import Params, Scale, Slot
 from pipeline.paths import FLOOR
 from pipeline.shown import COND, UNCOND
 from pipeline.students import MultistepTraining
-from pipeline.writing import MISSING
+from pipeline.writing import MISSING, text_table
 
 TABLE1_COLUMNS = [
     "dataset", "section", "method", "citation", "nfe", "fid", "fid_se", "size", "params", "guidance", "features", "samples", "seeds", "run"
 ]  # fmt: skip
 TABLE2_COLUMNS = [
-    "section", "method", "size", "nfe", "fid", "fid_se", "params", "guidance", "dataset", "features", "samples", "seeds", "run"
+    "section", "method", "size", "nfe", "fid", "fid_se", "params", "guidance", "dataset", "features", "samples", "run",
+    "seeds", "citation",
 ]  # fmt: skip
 TABLE_E3_COLUMNS = [
     "section", "method", "iterations", "fid", "fid_se", "size", "batch", "dataset", "features", "samples", "seeds", "run"
@@ -125,9 +126,9 @@ def _steps(points: pd.DataFrame, method: str) -> list[dict[str, str]]:
 
 
 def table1(root: Path, ours: list[dict]) -> pd.DataFrame:
-    """The 63 published rows, then ours."""
+    """The 69 published rows, then ours."""
     rows = [{**row, **INCEPTION} for row in published(root, "table1").to_dict("records")]
-    return pd.DataFrame(rows + ours, columns=TABLE1_COLUMNS).fillna("")
+    return text_table(rows + ours, TABLE1_COLUMNS)
 
 
 def table2(root: Path, ours: list[dict]) -> pd.DataFrame:
@@ -136,7 +137,7 @@ def table2(root: Path, ours: list[dict]) -> pd.DataFrame:
     for row in published(root, "table2").to_dict("records"):
         size = re.fullmatch(r"(?:EDM2|sCT|sCD)-(\w+)", row["method"])
         rows.append({**row, "size": size[1] if size else "", **PAPER_SETTING})
-    return pd.DataFrame(rows + ours, columns=TABLE2_COLUMNS).fillna("")
+    return text_table(rows + ours, TABLE2_COLUMNS)
 
 
 def table6(root: Path, points: pd.DataFrame, slot: Slot | None, slot_name: str, scale: str) -> pd.DataFrame:
@@ -150,7 +151,7 @@ def table6(root: Path, points: pd.DataFrame, slot: Slot | None, slot_name: str, 
             rows.append({**row, **_table6_cells(points, slot, slot_name, size, method)})
     errors = [f"{column}_se" for column in paper.columns if column.startswith(("fid", "fd"))]
     columns = ["section", *paper.columns, *errors, "size", "dataset", "features", "samples", "seeds", "run"]
-    return pd.DataFrame(rows, columns=columns).fillna("")
+    return text_table(rows, columns)
 
 
 def _table6_cells(points: pd.DataFrame, slot: Slot | None, slot_name: str, size: str, method: str) -> dict[str, str]:
@@ -186,7 +187,7 @@ def table_e3(root: Path, points: pd.DataFrame, slot: Slot | None, scale: str) ->
             row |= {"iterations": format_iterations(training.iterations), "batch": str(training.batch)}
             measured_rows = measured.reported(own, 1)
             rows.append({**row, **(cells(measured_rows) if len(measured_rows) else {"fid": MISSING})})
-    return pd.DataFrame(rows, columns=TABLE_E3_COLUMNS).fillna("")
+    return text_table(rows, TABLE_E3_COLUMNS)
 
 
 def format_iterations(count: int) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +30,13 @@ _LATEX = {
     "θ": r"$\theta$",
     "…": r"\ldots{}",
 }
+
+
+def text_table(rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> pd.DataFrame:
+    """Rows of text, with an empty cell where a row says nothing."""
+    return pd.DataFrame(
+        [{name: row.get(name, "") for name in columns} for row in rows], columns=list(columns), dtype=str
+    )
 
 
 def write_table(
