@@ -263,7 +263,7 @@ def test_the_published_rows_stand_unchanged_and_ours_below_them(tmp_path: Path, 
     one = table1(ROOT, mine)
     same_rows(one, "table1", 69)
     assert list(one.columns) == TABLE1_COLUMNS
-    same_rows(quantities(ROOT, "table5", LATENT, points, demo.active, "demo"), "table5", 218)
+    same_rows(quantities(ROOT, "table5", LATENT, points, demo.active, "demo"), "table5", 200)
     same_rows(quantities(ROOT, "table7", COND, points, demo.active, "demo"), "table7", 32)
     six = table6(ROOT, points, demo.active.slots[LATENT], LATENT, "demo")
     same_rows(six, "table6", 3)
