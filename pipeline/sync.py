@@ -13,11 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline import manifest, paths, registry
+from pipeline import dvcfile, manifest, paths, registry
 from pipeline.cli import Parser
 from pipeline.done import DONE, states
 from pipeline.errors import PipelineError
 from pipeline.params import PARAMS_FILE, load
+
+DVC_FILE = "dvc.yaml"
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +27,10 @@ def main(argv: list[str]) -> int:
     Parser(prog="python -m pipeline sync", description=__doc__).parse_args(argv)
     root = paths.root()
     params = load(root / PARAMS_FILE)
+    if (root / DVC_FILE).read_text(encoding="utf-8") != dvcfile.generate(params):
+        raise PipelineError(
+            f"{DVC_FILE}: is not that of scale {params.scale} and its students; make it with: python -m pipeline dvc > {DVC_FILE}"
+        )
     jobs = registry.jobs(params)
     state = states(jobs, params)
     done = [job for job in jobs if state[job.name] == DONE]
