@@ -43,12 +43,13 @@ def grid(rows: Sequence[Row], columns: Sequence[str], title: str, margin: float 
     height = max(side, 0.13 * lines)
     top = 0.42 + 0.14 * title.count("\n")
     width, tall = margin + count * side + 0.05, top + len(rows) * height + 0.05
-    figure = Figure(figsize=(max(width, 4.2), tall))  # wide enough for the title
-    figure.set_layout_engine("none")
+    figure = Figure(figsize=(max(width, 4.2), tall), layout="none")  # wide enough for the title
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.imshow(
+                image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+            )
         for axis in line:
             axis.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=3)

@@ -22,7 +22,7 @@ def run(ctx: Context) -> None:
     ours = our_systems(points, slot, LATENT, students)
     pd.concat([paper, ours]).to_csv(ctx.out / "figure1.csv", index=False, float_format="%.6g")
     ctx.tracker.log_artifact(ctx.out / "figure1.csv")
-    figure, ((left, right),) = style.panels(1, 2, height=3.0)
+    figure, ((left, right),) = style.panels(1, 2, height=3.3)
     for section, group in paper[paper.method == "other"].groupby("section", sort=False):
         marker = {"GANs & masked models": "x"}.get(str(section), "+")
         left.plot(group.compute, group.fid, marker, color=style.GREY, label=str(section).replace(" models", ""))
@@ -37,7 +37,7 @@ def run(ctx: Context) -> None:
         )
         style.plain(axis)
         axis.xaxis.set_minor_formatter(style.NOTHING)
-        axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     style.save(ctx, figure, "figure1")
 
 
