@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.progress import Progress, clock, describe
+from tests.pipeline.plain import plain_text
 
 
 def command(repo: Any, *words: str, timeout: float = 60, **env: str) -> Any:
@@ -239,7 +240,7 @@ def test_doctor_names_the_weights_that_the_scale_needs(repo_copy: Path, tmp_path
 
     assert "weights of" not in doctor("--quick")
     file = repo_copy / "params.yaml"
-    head, mark, smoke = file.read_text().partition("\n  smoke:")
+    head, mark, smoke = plain_text().partition("\n  smoke:")
     smoke = smoke.replace("spaces: [classifier]", "spaces: [inception, dinov2]").replace(
         "        features: ", "        removed: "
     )
