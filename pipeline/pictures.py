@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -43,7 +44,8 @@ def grid(rows: Sequence[Row], columns: Sequence[str], title: str, margin: float 
     height = max(side, 0.13 * lines)
     top = 0.42 + 0.14 * title.count("\n")
     width, tall = margin + count * side + 0.05, top + len(rows) * height + 0.05
-    figure = Figure(figsize=(max(width, 4.2), tall), layout="none")  # wide enough for the title
+    with rc_context({"figure.constrained_layout.use": False}):  # the place of every image is known
+        figure = Figure(figsize=(max(width, 4.2), tall))  # wide enough for the title
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=False):

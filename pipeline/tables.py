@@ -15,7 +15,6 @@ from pipeline.overrides import base_of
 from pipeline.params import Params, Scale, Slot
 from pipeline.paths import FLOOR
 from pipeline.shown import COND, UNCOND
-from pipeline.students import MultistepTraining
 from pipeline.writing import MISSING, text_table
 
 TABLE1_COLUMNS = [
@@ -60,14 +59,6 @@ def format_count(parameters: int) -> str:
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f}B"
     return f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"
-
-
-def method_name(slot: Slot, size: str, method: str) -> str:
-    """A student's name as tables have it; one of params.yaml that has no other as it is there."""
-    student = slot.sizes[size].students.get(method)
-    if isinstance(student, MultistepTraining):
-        return f"multistep sCD (M = {student.segments})"
-    return METHOD_NAMES.get(method, method)
 
 
 def cells(rows: pd.DataFrame) -> dict[str, str]:

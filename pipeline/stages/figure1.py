@@ -9,7 +9,7 @@ from pipeline.context import Context
 from pipeline.overrides import base_of
 from pipeline.scaling import our_systems, systems
 from pipeline.shown import LATENT, table5_students
-from pipeline.tables import METHOD_NAMES, method_name
+from pipeline.tables import METHOD_NAMES
 
 NAMES = {"teacher": "TrigFlow teacher", "sct": "sCT", "scd": "sCD"}
 
@@ -26,10 +26,9 @@ def run(ctx: Context) -> None:
     for section, group in paper[paper.method == "other"].groupby("section", sort=False):
         marker = {"GANs & masked models": "x"}.get(str(section), "+")
         left.plot(group.compute, group.fid, marker, color=style.GREY, label=str(section).replace(" models", ""))
-    draw(left, paper[paper.method != "other"], {key: (name, key) for key, name in NAMES.items()})
+    draw(left, paper[paper.method != "other"], NAMES)
     left.set_title("the paper and what it cites: ImageNet 512×512\nFID in Inception's features")
-    named = {m: (method_name(slot, s, m), m) for s, methods in students.items() for m in methods}
-    draw(right, ours, {"teacher": (METHOD_NAMES["teacher"], "teacher"), **named})
+    draw(right, ours, {**NAMES, "scd_vsd": METHOD_NAMES["scd_vsd"], "teacher": METHOD_NAMES["teacher"]})
     right.set_title(f"ours: {style.face(ctx, slot)}\n{style.space(points)}")
     for axis in (left, right):
         axis.set(
@@ -41,20 +40,21 @@ def run(ctx: Context) -> None:
     style.save(ctx, figure, "figure1")
 
 
-def draw(axis: Axes, table: pd.DataFrame, names: dict[str, tuple[str, str]]) -> None:
-    """A line over sizes for each method and number of steps; bars are standard errors."""
+def draw(axis: Axes, table: pd.DataFrame, names: dict[str, str]) -> None:
+    """A line over sizes for each method and number of steps, of multistep students one over M for each size; bars are standard errors."""
     if table.empty:
         style.placeholder(axis, "missing")
         return
-    for (method, steps), group in table.groupby(["method", "steps"], sort=False):
-        name, key = names[str(method)]
-        steps_shown = key in ("sct", "scd", "scd_vsd", "vsd")
-        label = f"{name}, {style.steps_label(steps)}" if steps_shown else name
-        axis.errorbar(
-            group.compute,
-            group.fid,
-            style.bars(group.fid_se),
-            ls=style.LINES.get(steps, "-"),
-            label=label,
-            **style.look(key),
-        )
+    known = table[table.method.isin(list(names))]
+    for (method, steps), group in known.groupby(["method", "steps"], sort=False):
+        label = names[str(method)] if method == "teacher" else f"{names[str(method)]}, {style.steps_label(steps)}"
+        line(axis, group, label, str(method), style.LINES.get(steps, "-"))
+    others = table[~table.method.isin(list(names))]
+    for size, group in others.groupby("size", sort=False) if len(others) else ():
+        numbers = ", ".join(str(steps) for steps in group.steps)
+        line(axis, group, f"multistep sCD-{size}, M = {numbers}", "multistep", ":")
+
+
+def line(axis: Axes, group: pd.DataFrame, label: str, method: str, kind: str) -> None:
+    """Points and their bars."""
+    axis.errorbar(group.compute, group.fid, style.bars(group.fid_se), ls=kind, label=label, **style.look(method))
