@@ -258,16 +258,17 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     reported = plan.report_sets * plan.samples
     student = None if method == "teacher" else slot.student_for(axes["size"], method)
     guidable = slot.dataset.labels > 0 if student is None else student.guidance is not None
-    unguided, guided = reported, 0  # samples without guidance and with it
+    unguided, guided, guided_scales = reported, 0, 0  # samples without guidance and with it, at so many selected scales
     if guidable:
         others = sum(scale != 1 for scale in plan.guidance)
+        guided_scales = min(len(plan.spaces), others)
         unguided += plan.select_samples
-        guided += others * plan.select_samples + min(len(plan.spaces), others) * reported
+        guided += others * plan.select_samples + guided_scales * reported
     training = student or slot.teacher_for(axes["size"])
     if training.snapshots:  # other averages are measured in full, earlier checkpoints on one set
-        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples
+        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples * training.snapshots.measured
         averages = 1 + sum(width != training.ema_sigma_rel for width in plan.averages)
-        unguided, guided = averages * unguided + earlier, averages * guided + (earlier if guided else 0)
+        unguided, guided = averages * unguided + earlier, averages * guided + guided_scales * earlier
     if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
         passes, images = steps * (unguided + 2 * guided), unguided + guided
@@ -297,7 +298,19 @@ def figure2(scale: Scale, axes: Mapping[str, str]) -> Resources:
 
 def figure(scale: Scale, axes: Mapping[str, str]) -> Resources:
     """Drawing a figure."""
-    return _resources(scale, 1 * MB, seconds=10)
+    return _resources(scale, 1 * MB, seconds=3)
+
+
+def grids(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Samples with one and with two steps at three scales."""
+    return _resources(scale, 3 * MB, seconds=20)
+
+
+def figure4(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Training three embeddings from several seeds."""
+    plan = scale.figure4
+    assert plan is not None
+    return _resources(scale, 1 * MB, seconds=5 + TOY * plan.width * plan.batch * 3 * plan.seeds * plan.iterations)
 
 
 def figure3(scale: Scale, axes: Mapping[str, str]) -> Resources:

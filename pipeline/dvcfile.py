@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """dvc.yaml as generated from the registry: one DVC stage for each job, with `${scale}` filled in by DVC.
 
-DVC replaces `${scale}` with the value in params.yaml or of `dvc exp run -S scale=smoke`, so the file serves every scale
-that has the axes of the active one (the same slots, sizes and methods, as smoke and demo have). Dependencies are
+DVC replaces `${scale}` with the value in params.yaml, but the axes (slots, sizes, students) are those of the scale that was
+active when the file was made: for another scale make it again. Dependencies are
 literal lists, since DVC does not take a list from a variable. Metrics and plots are files in the evaluations' folders,
 which are outputs as a whole, so they are named at the top and not in their stages.
 """

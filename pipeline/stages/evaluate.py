@@ -51,6 +51,7 @@ def run(ctx: Context) -> None:
         "run": ctx.run_id,
         "model_run": subject.name,
         "params": count_parameters(subject.model.net),
+        "skipped_steps": subject.model.info.get("skipped_steps", 0),
         "dataset": first.dataset,
         "reference_images": first.count,
         **({"manifold_images": len(first.features)} if first.subset else {}),

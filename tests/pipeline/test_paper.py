@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import registry
+from pipeline import registry, settings_tables
 from pipeline.models import Slot
 from pipeline.params import load, validate
 from scm_core.nn.build import build_network, count_parameters
@@ -147,6 +147,20 @@ def test_every_cell_is_a_number_of_params(table: str, setting: tuple[str, str], 
         assert found == expected
     if setting[1] == "dropout_at_resolution_le_16":
         assert all(student.dropout_resolution == 16 for student in slot.sizes[size].students.values())
+
+
+@pytest.mark.parametrize(
+    ("table", "setting", "size", "cell"), CELLS, ids=lambda part: part if isinstance(part, str) else "-".join(part)
+)
+def test_the_table_of_settings_used_has_the_same_cell(
+    table: str, setting: tuple[str, str], size: str, cell: str
+) -> None:
+    """Tables 3 and 4 of scale paper say what the paper's say, in the same words; but parameters, which we count otherwise."""
+    used = settings_tables.cell(PAPER.slots[TABLES[table]], size, setting)
+    if setting == ("model", "params_millions"):
+        assert float(used) > float(cell)
+    else:
+        assert value(used) == value(cell)
 
 
 def test_the_tables_have_the_sizes_of_the_slots_and_no_settings_are_left() -> None:

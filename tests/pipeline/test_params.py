@@ -17,14 +17,10 @@ from pipeline.params import ParamsError, load, read_yaml, schema, validate
 from pipeline.registry import jobs
 from scm_core.evaluate.classifier import Classifier
 from scm_core.trigflow import t_max
+from tests.pipeline.plain import plain, plain_text
 
 ROOT = Path(__file__).resolve().parents[2]
-# Without what the sizes are tuned to: their overrides are the tests' own.
-TEXT = re.sub(
-    r"teacher: \{[^{}]*\}, students: \{scd: \{[^{}]*\}, sct: \{[^{}]*\}\}",
-    "teacher: {}, students: {scd: {}, sct: {}}",
-    (ROOT / "params.yaml").read_text(),
-)
+TEXT = plain_text()
 # The teacher's rate in scale demo, whatever it is tuned to.
 TEACHER_LR = r"(?<=\n {10})lr: \S+"
 SLOT = "scales.demo.slots.latent_guided"
@@ -95,7 +91,7 @@ def test_a_size_trains_the_students_that_it_names(write: Write) -> None:
 
 
 def test_a_section_may_lie_below_another(write: Write) -> None:
-    text = edit(r"^        teacher:$", "        teacher: &below")
+    text = edit(r"^        teacher: &demo_teacher$", "        teacher: &below")
     text = edit(r"M: (\{network: [^}]*\},) teacher: \{\}", r"M: \1 teacher: {<<: *below, lr: 0.5}", text)
     slot = load(write(text)).active.slots["latent_guided"]
     assert slot.teacher_for("M").lr == 0.5
@@ -309,7 +305,7 @@ def test_a_network_that_cannot_be_built_or_trained_is_refused(network: Any, stud
 
 def pixel_slot(source: str, side: int) -> dict[str, Any]:
     """The parameters with a pixel slot of labelled images beside the latent one."""
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     slots = data["scales"]["demo"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
     slots["pixel_cond"] = {**slot, "dataset": {"source": source, "resolution": side, "channels": 1, "labels": 10}}
@@ -387,7 +383,7 @@ def test_every_number_has_a_source() -> None:
     """A line of params.yaml that holds a number says in a comment where it comes from, or stands in a documented row."""
     bare = [
         line
-        for line in TEXT.splitlines()
+        for line in (ROOT / "params.yaml").read_text().splitlines()
         if re.search(r"[:\[,] *[-.0-9]", line.partition("#")[0]) and "#" not in line and "network:" not in line
     ]
     assert bare == []
@@ -428,5 +424,5 @@ def test_snapshots_are_where_they_are_measured(write: Write, keys: str, key: str
 
 def test_optional_keys_of_an_evaluation_that_are_absent_change_no_name() -> None:
     """Run ids are hashes of the sections: a key that a params.yaml does not have is not in them."""
-    dumped = load(ROOT / "params.yaml").active.slots["latent_guided"].evaluation.model_dump(mode="json")
+    dumped = validate(plain()).active.slots["latent_guided"].evaluation.model_dump(mode="json")
     assert not {"averages", "checkpoints", "manifold_images"} & dumped.keys()

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.pipeline.plain import plain
+
 pytestmark = pytest.mark.slow
 
 STEPS = {"teacher": {"4"}, "scd_m4": {"4"}, "both": {"1", "2"}}  # of the evaluated models
@@ -35,7 +37,7 @@ def pixel_slot(params: dict[str, Any]) -> None:
 def test_networks_on_pixels_run_from_images_to_their_evaluation(
     repo_copy: Path, user_env: Callable[[Path], dict[str, str]]
 ) -> None:
-    params = yaml.safe_load((repo_copy / "params.yaml").read_text())
+    params = plain()
     pixel_slot(params)
     (repo_copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     folder = Path("runs/smoke/pixel_cond")
