@@ -16,10 +16,10 @@ unexport PYTHONPATH PYTHONHOME
 # Files of tests that run at a time; each keeps to one thread and about 1 GB. On two cores three are faster: many tests wait for processes.
 WORKERS ?= 3
 
-.PHONY: help setup demo test lint format bench sync testcluster lock clean
+.PHONY: help setup demo test lint format bench sync check-results testcluster lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## create .venv and install everything, pinned (PYTHON=/path/to/python3.11 to choose one)
 
@@ -48,6 +48,9 @@ bench: $(STAMP) ## every benchmark in benchmarks/
 
 sync: $(STAMP) ## tell each engine (Snakemake, DVC) what the other has made
 	@$(RUN) python -m pipeline sync
+
+check-results: $(STAMP) ## compare what you ran with the committed results, within their error bars (SCALE=demo)
+	@$(RUN) python -m pipeline results check --scale $(or $(SCALE),demo)
 
 testcluster: $(STAMP) ## a real two-node SLURM on this machine, for development (ACCOUNTING=1: with sacct; it says how to use and stop it)
 	@$(RUN) python cluster/testcluster start $(if $(ACCOUNTING),--accounting)

@@ -12,7 +12,13 @@ from typing import Protocol
 from pipeline.errors import PipelineError
 
 MANIFEST = "manifest.json"
-SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
+SWEEP, FACTS, SUMMARY, METRICS = (
+    "sweep.csv",
+    "evaluation.json",
+    "summary.csv",
+    "metrics.json",
+)  # in the output of evaluate
+CURVE = "training.csv"  # in that of every training
 FLOOR, FLOOR_ROWS = "reconstruction.json", "reconstruction.csv"  # in that of reconstruction
 
 

@@ -10,6 +10,7 @@ Two copies of the repository are run once, side by side, and every test below lo
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -323,6 +324,31 @@ def test_killed_and_undisturbed_training_give_the_same_bytes(runs: Runs) -> None
 def test_both_engines_give_byte_identical_reports(runs: Runs) -> None:
     for name in RESULTS:
         assert (runs.snakemake.path / name).read_bytes() == (runs.dvc.path / name).read_bytes(), name
+
+
+def test_the_run_of_one_engine_agrees_with_the_collected_results_of_the_other(runs: Runs) -> None:
+    """Digit by digit: the machine is the same."""
+    collected, place = (copy.path / "results/smoke" for copy in (runs.snakemake, runs.dvc))
+    try:
+        runs.snakemake.run("python", "-m", "pipeline", "results", "collect", "--scale", "smoke", "--partial")
+        shutil.copytree(collected, place)
+        text = runs.dvc.run("python", "-m", "pipeline", "results", "check", "--scale", "smoke")
+    finally:
+        for folder in (collected, place):
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    found = re.search(r"(\d+) numbers with standard errors: (\d+) bitwise equal, 0 within", text)
+    assert found, text
+    assert found[1] == found[2]
+    assert int(found[1]) > 100
+
+
+def test_trainings_leave_their_curves(runs: Runs) -> None:
+    """By images seen, without the times that differ between two runs of the same."""
+    for folder in ("vae", "features", "teacher/S", "student/M/scd"):
+        rows = _rows(runs.dvc.path / "runs/smoke/latent_guided" / folder / "training.csv")
+        assert [int(row["nimg"]) for row in rows] == sorted({int(row["nimg"]) for row in rows}), folder
+        assert all(float(row["loss"]) == float(row["loss"]) for row in rows), folder
+        assert not {"time", "images_per_second"} & set(rows[0]), folder
 
 
 def test_a_run_leaves_git_status_clean(runs: Runs) -> None:
