@@ -31,6 +31,7 @@ from pipeline import costs, expansion
 from pipeline.costs import Resources
 from pipeline.errors import RegistryError, suggestion
 from pipeline.job import REPORTS, Job, Stage
+from pipeline.page import page
 from pipeline.params import Params
 
 __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "ends", "find", "jobs", "parents", "settings"]
@@ -171,7 +172,7 @@ _DECLARED = (
         reports=(REPORTS / "evaluations.csv",),
     ),
 )
-STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})
+STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in (*_DECLARED, page(_DECLARED))})
 
 
 def jobs(params: Params, scale: str | None = None) -> list[Job]:
