@@ -11,11 +11,11 @@ from markupsafe import Markup
 
 from pipeline.webpage.markup import element
 
-WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
+WIDTH, HEIGHT = 320, 220
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 40
 STYLES = 8  # of lines, in page.css
 MARKERS = 16  # a line with more points has none
-POINTS = 240  # more of a line are thinned out: it is some 300 pixels wide
+POINTS = 240  # more of a line are thinned out: it is some 260 pixels wide
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def thinned(series: Series) -> Series:
     if step <= 1:
         return series
     kept = sorted({*range(0, len(series.x), step), len(series.x) - 1})
-    parts = [[values[i] for i in kept] if values else [] for values in (series.x, series.y, series.error)]
-    return Series(series.name, *parts, style=series.style)
+    x, y, error = ([values[i] for i in kept] if values else [] for values in (series.x, series.y, series.error))
+    return Series(series.name, x, y, error, series.style)
 
 
 def line_chart(series: Sequence[Series], x: Axis, y: Axis, what: str) -> Markup:
@@ -135,7 +135,9 @@ def _axes(across: _Scale, up: _Scale, x: Axis, y: Axis) -> list[Markup]:
         parts.append(element("text", number(value), x=at, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
     parts.append(element("path", d=f"M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="frame"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(element("text", x.name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="name"))
+    parts.append(
+        element("text", x.name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="name")
+    )
     turned = f"rotate(-90 12 {middle:g})"
     parts.append(element("text", y.name, x=12, y=middle, text_anchor="middle", transform=turned, class_="name"))
     return parts

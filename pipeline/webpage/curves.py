@@ -73,7 +73,9 @@ def family(method: str, objective: str) -> str:
     return "methods" if base in ("teacher", objective) else f"variants of {objective}"
 
 
-def panels(trainings: Iterable[Run], evaluations: Mapping[tuple[str, str, str], Path], names: Mapping[str, str]) -> list[Panel]:
+def panels(
+    trainings: Iterable[Run], evaluations: Mapping[tuple[str, str, str], Path], names: Mapping[str, str]
+) -> list[Panel]:
     """A panel for each size and family; `evaluations` are the folders by slot, size and method, `names` what readers call a method."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in trainings:
@@ -173,9 +175,7 @@ def images_seen(run: Run) -> float | None:
     return float(iterations) * float(batch) if iterations and batch else None
 
 
-def checkpoints(
-    sweep: Sequence[Mapping[str, str]], end: float | None
-) -> dict[int, list[tuple[float, float, float]]]:
+def checkpoints(sweep: Sequence[Mapping[str, str]], end: float | None) -> dict[int, list[tuple[float, float, float]]]:
     """Images seen, FID and standard error of each earlier checkpoint, by number of steps: at the selected guidance, in the first space.
 
     What was published stands last, at `end` images. Nothing for a model without earlier checkpoints.
@@ -189,7 +189,7 @@ def checkpoints(
             numbers = {"fid": float(row["fid"]), "fid_se": float(row["fid_se"] or 0.0)}
             sets.setdefault((int(row["steps"]), seen), []).append(numbers)
     found: dict[int, list[tuple[float, float, float]]] = {}
-    for (steps, seen), numbers in sorted(sets.items()):
-        found.setdefault(steps, []).append((seen, *mean_of(numbers)))
+    for (steps, seen), several in sorted(sets.items()):
+        found.setdefault(steps, []).append((seen, *mean_of(several)))
     earlier = any(row.get("nimg") for row in rows)
     return {steps: points for steps, points in found.items() if len(points) > 1} if earlier else {}

@@ -2,14 +2,16 @@
 """The rule graph as SVG: stages from left to right, drawn from the registry, the same for the same registry.
 
 Layers by the longest way to the end; where an edge spans several of them it is led through an empty place in each; places within a
-layer by the mean of their neighbours', swept to and fro (Sugiyama's method). Reports that read the same stages share a box. What is
-implied by other edges (a stage reads what one of its inputs has read) is drawn thin.
+layer by the mean of their neighbours', swept to and fro (Sugiyama's method). Reports that read the same stages share a box. An edge is
+left out where others imply it: where a stage reads what one of its inputs has read, too.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -17,7 +19,7 @@ from pipeline import registry
 from pipeline.job import Job
 from pipeline.webpage.markup import anchor, element
 
-WIDTH, LINE, PAD, GAP_X, GAP_Y = 132, 17, 9, 46, 22
+WIDTH, LINE, PAD, GAP_X, GAP_Y = 114, 17, 9, 24, 20
 SWEEPS = 12
 
 
@@ -28,7 +30,7 @@ class Node:
     stages: tuple[str, ...]
     jobs: int
     reads: frozenset[str]
-    """Stages."""
+    """Stages, but for those that others of them have read."""
 
     @property
     def key(self) -> str:
@@ -42,33 +44,26 @@ class Node:
 
 
 def nodes(jobs: Sequence[Job]) -> list[Node]:
-    """The stages of jobs in topological order, with what they read."""
+    """The stages of jobs in topological order, with what they read and no other edge implies."""
     reads: dict[str, set[str]] = {}
     for job in jobs:
         reads.setdefault(job.stage, set()).update(parent.stage for parent in registry.parents(job, jobs))
-    last = {stage for stage in reads if registry.STAGES[stage].reports and any(stage in other for other in reads.values())}
-    groups: dict[tuple[str, frozenset[str]], list[str]] = {}
+    far: dict[str, set[str]] = {}
     for stage, above in reads.items():
-        groups.setdefault(("" if stage in last else stage, frozenset(above)), []).append(stage)
-    count = {stage: sum(job.stage == stage for job in jobs) for stage in reads}
-    return [Node(tuple(own), sum(count[stage] for stage in own), above) for (_, above), own in groups.items()]
+        far[stage] = above.union(*(far[other] for other in above))
+    plain = {stage: [a for a in above if not any(a in far[b] for b in above)] for stage, above in reads.items()}
+    groups: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for stage, direct in plain.items():
+        alone = "" if registry.STAGES[stage].reports else stage
+        groups.setdefault((alone, frozenset(direct)), []).append(stage)
+    count = Counter(job.stage for job in jobs)
+    return [Node(tuple(own), sum(count[stage] for stage in own), read) for (_, read), own in groups.items()]
 
 
-def edges(drawn: Sequence[Node]) -> dict[tuple[str, str], bool]:
-    """From node to node, and whether it says something that other edges do not."""
-    of_stage = {stage: node for node in drawn for stage in node.stages}
-    above = {node.key: list(dict.fromkeys(of_stage[s].key for s in sorted(node.reads))) for node in drawn}
-    far: dict[str, set[str]] = {}  # ancestors; nodes are in topological order, but for groups
-    def ancestors(key: str) -> set[str]:
-        if key not in far:
-            far[key] = set(above[key]).union(*(ancestors(parent) for parent in above[key]))
-        return far[key]
-
-    return {
-        (parent, node.key): not any(parent in ancestors(other) for other in above[node.key])
-        for node in drawn
-        for parent in above[node.key]
-    }
+def edges(drawn: Sequence[Node]) -> list[tuple[str, str]]:
+    """From node to node."""
+    of_stage = {stage: node.key for node in drawn for stage in node.stages}
+    return [(parent, node.key) for node in drawn for parent in sorted({of_stage[stage] for stage in node.reads})]
 
 
 def layers(drawn: Sequence[Node], links: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -99,9 +94,9 @@ def rule_graph(jobs: Sequence[Job]) -> Markup:
     height = max(y + (named[k].height if k in named else 0) / 2 for k, y in place.items()) + 2
     width = len(columns) * (WIDTH + GAP_X) - GAP_X + 2
     parts = [element("title", "Rule graph: which stage reads what which other one makes")]
-    for (parent, child), chain in sorted(chains.items(), key=lambda item: links[item[0]]):
+    for (parent, child), chain in chains.items():
         points = [(layer[parent] + i, place[key]) for i, key in enumerate((parent, *chain, child))]
-        parts.append(element("path", d=_curve(points), class_="edge" if links[parent, child] else "edge implied"))
+        parts.append(element("path", d=_curve(points), class_="edge"))
     parts += [_box(node, layer[node.key] * (WIDTH + GAP_X) + 1, place[node.key]) for node in drawn]
     return element(
         "svg", *parts, viewBox=f"0 0 {width} {height:g}", width=str(width), height=f"{height:g}", class_="graph", role="group",
@@ -132,7 +127,7 @@ def _neighbours(chains: Chains) -> tuple[dict[str, list[str]], dict[str, list[st
     after: dict[str, list[str]] = {}
     for (parent, child), chain in chains.items():
         steps = [parent, *chain, child]
-        for a, b in zip(steps, steps[1:], strict=False):
+        for a, b in pairwise(steps):
             after.setdefault(a, []).append(b)
             before.setdefault(b, []).append(a)
     return before, after
@@ -199,8 +194,8 @@ def _settle(column: list[str], wish: Mapping[str, float], room: Mapping[str, flo
 
 def _curve(points: Sequence[tuple[int, float]]) -> str:
     """From the right side of the first box to the left side of the last one, level where it passes a layer."""
-    words = []
-    for (layer, y), (after, below) in zip(points, points[1:], strict=False):
+    words: list[str] = []
+    for (layer, y), (after, below) in pairwise(points):
         start, end = layer * (WIDTH + GAP_X) + WIDTH + 1, after * (WIDTH + GAP_X) + 1
         if not words:
             words.append(f"M{start} {y:.1f}")

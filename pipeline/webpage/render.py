@@ -116,8 +116,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals |= {
-        "style": Markup(style),  # noqa: S704  (our own files)
-        "scripts": [Markup(part) for part in (early, late)],  # noqa: S704
+        "style": Markup(style),  # our own files
+        "scripts": [Markup(part) for part in (early, late)],
         "script_hashes": [_source_hash(part) for part in (early, late)],
         "style_hash": _source_hash(style),
         "recorded": Markup(webpage.RECORDED),
@@ -202,4 +202,3 @@ def without_records(html: str) -> str:
     """The page but for that: the same for the same inputs."""
     first, *rest = html.split(webpage.RECORDED)
     return first + "".join(part.partition(webpage.RECORDED_END)[2] for part in rest)
-

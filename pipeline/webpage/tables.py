@@ -75,6 +75,8 @@ class Table:
     notes: list[Markup]
     columns: list[str]
     numeric: list[bool]
+    own: list[bool]
+    """Columns that are ours, in a table that has ours in columns."""
     sections: list[Section]
 
     @property
@@ -112,7 +114,7 @@ def as_table(name: str, rows: Sequence[Row], known: Mapping[str, str], title: st
     shown = [
         Section(
             heading,
-            any(cell.anchor or cell.missing for line in lines for cell in line.values()) or heading.startswith("Ours"),
+            heading.startswith("Ours") or any(cell.anchor for line in lines for cell in line.values()),
             [[line.get(key, Cell("")) for key in columns] for line in lines],
         )
         for heading, lines in sections
@@ -125,7 +127,15 @@ def as_table(name: str, rows: Sequence[Row], known: Mapping[str, str], title: st
         )
         for i, key in enumerate(columns)
     ]
-    return Table(name, title, list(notes), [label(key) for key in columns], numeric, shown)
+    return Table(
+        name,
+        title,
+        list(notes),
+        [label(key) for key in columns],
+        numeric,
+        [key.startswith("ours ") for key in columns],
+        shown,
+    )
 
 
 def _says(cell: Cell | None) -> bool:
