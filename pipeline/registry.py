@@ -27,11 +27,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import costs, expansion
+from pipeline import costs, expansion, page
 from pipeline.costs import Resources
 from pipeline.errors import RegistryError, suggestion
 from pipeline.job import REPORTS, Job, Stage
-from pipeline.page import page
 from pipeline.params import Params
 
 __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "ends", "find", "jobs", "parents", "settings"]
@@ -172,7 +171,7 @@ _DECLARED = (
         reports=(REPORTS / "evaluations.csv",),
     ),
 )
-STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in (*_DECLARED, page(_DECLARED))})
+STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in (*_DECLARED, *page.stages(_DECLARED))})
 
 
 def jobs(params: Params, scale: str | None = None) -> list[Job]:

@@ -5,11 +5,11 @@ The index is grids.json, beside the pictures or above them:
 
     {"format": 1,
      "grids": [{"slot": "latent_guided", "size": "M", "method": "scd", "steps": 1, "guidance": 1.5, "seed": 0,
-                "file": "grids/scd-M-1-1.5.png", "rows": "classes 0 to 9", "run": "student-latent_guided-M-scd-20c87d1b"}, …]}
+                "file": "grids/scd-M-1-1.5.png", "arrangement": "columns are the classes 0 to 9", "run": "student-latent_guided-M-scd-20c87d1b"}, …]}
 
 `file` is relative to the folder of the index, and a file that the same job makes. `guidance` is null for an unguided model. `seed` is
-the index of the first sample's noise: grids of one model with the same seed show the same noise in the same place. `rows` (what the rows
-are) and `run` (whose samples they are) may be left out. The gallery has one part for each (slot, size, method), the numbers of steps side
+the index of the first sample's noise: grids of one model with the same seed show the same noise in the same place. `arrangement` (what
+rows and columns are) and `run` (whose samples they are) may be left out. The gallery has one part for each (slot, size, method), the numbers of steps side
 by side, and a slider over guidance.
 """
 
@@ -70,7 +70,7 @@ class Gallery:
     columns: list[tuple[int, list[Grid | None]]]
     """Number of steps, and the grid at each scale; None where there is none."""
     run: str
-    rows: str
+    arrangement: str
     seeds: list[int]
 
 
@@ -132,8 +132,8 @@ def _gallery(
             raise PipelineError(f"{index.name}: {entry['file']} is missing; make the samples again")
         steps, scale = entry["steps"], entry["guidance"]
         how = "without guidance" if scale is None else f"at guidance {scale:g}"
-        rows = f"; {entry['rows']}" if entry.get("rows") else ""
-        what = f"Grid of samples of {name}, {steps} step{'s' * (steps > 1)}, {how}{rows}"
+        arrangement = f"; {entry['arrangement']}" if entry.get("arrangement") else ""
+        what = f"Grid of samples of {name}, {steps} step{'s' * (steps > 1)}, {how}{arrangement}"
         grids[steps, scale] = Grid(steps, scale, picture(file, limit), what)
     scales = sorted({scale for _, scale in grids}, key=lambda scale: (scale is not None, scale or 0.0))
     columns = [(n, [grids.get((n, scale)) for scale in scales]) for n in sorted({steps for steps, _ in grids})]
@@ -143,7 +143,7 @@ def _gallery(
         ["unguided" if scale is None else f"{scale:g}" for scale in scales],
         columns,
         next((entry["run"] for entry in entries if entry.get("run")), ""),
-        next((entry["rows"] for entry in entries if entry.get("rows")), ""),
+        next((entry["arrangement"] for entry in entries if entry.get("arrangement")), ""),
         sorted({entry["seed"] for entry in entries}),
     )
 
