@@ -113,14 +113,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def shown_params(job: "Job", params: "Params") -> dict[str, str]:
-    """A job's parameters under names that line up when two runs are compared."""
+    """A job's parameters under names that line up when two runs are compared: `student.lr` of any method and size."""
     return comparable(manifest.resolved_params(job, params))
 
 
-def comparable(values: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters, as a manifest has them, without their slot, size and student's name: `student.lr` of any method and size."""
+def comparable(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """Resolved parameters as dotted keys and strings, without slot, size and name of a student."""
     result = {}
-    for key, value in flat(values).items():
+    for key, value in flat(resolved).items():
         parts = key.split(".")
         if parts[0] == "slots":
             parts = parts[2:]

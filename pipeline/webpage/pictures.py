@@ -5,12 +5,14 @@ The index is grids.json, beside the pictures or above them:
 
     {"format": 1,
      "grids": [{"slot": "latent_guided", "size": "M", "method": "scd", "steps": 1, "guidance": 1.5, "seed": 0,
-                "file": "grids/scd-M-1-1.5.png", "arrangement": "columns are the classes 0 to 9", "run": "student-latent_guided-M-scd-20c87d1b"}, …]}
+                "file": "grids/scd-M-1-1.5.png",
+                "arrangement": "columns are the classes 0 to 9", "run": "student-latent_guided-M-scd-20c87d1b"}, …]}
 
 `file` is relative to the folder of the index, and a file that the same job makes. `guidance` is null for an unguided model. `seed` is
 the index of the first sample's noise: grids of one model with the same seed show the same noise in the same place. `arrangement` (what
-rows and columns are) and `run` (whose samples they are) may be left out. The gallery has one part for each (slot, size, method), the numbers of steps side
-by side, and a slider over guidance.
+rows and columns are) and `run` (whose samples they are) may be left out. Stage `gallery` writes it; any other job may, whose outputs the
+page reads. The gallery has one part for each (slot, size, method), the numbers of steps side by
+side, and a slider over guidance.
 """
 
 from __future__ import annotations

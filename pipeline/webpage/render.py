@@ -72,14 +72,15 @@ def render(job: Job, params: Params, inputs: Mapping[str, Path], input_runs: Map
     judged = claims.read_claims(files["claims.csv"], known) if "claims.csv" in files else None
     trainings = [run for stage in stages if stage.name in costs.TRAINED for run in stage.runs]
     evaluations = {_axes(run.job): inputs[name] for run in everything if (name := run.job.name) in inputs}
-    shown = {name.partition(".")[0] for name in files}
+    shown_tables, figures = _tables(files, titles, known), _figures(files, titles, known)
+    shown = {item.name for item in (*shown_tables, *figures)}
     page = {
         "scale": job.scale,
         "slots": params.scales[job.scale].slots,
         "claims": judged,
         "verdicts": claims.summary(judged or []),
-        "tables": _tables(files, titles, known),
-        "figures": _figures(files, titles, known),
+        "tables": shown_tables,
+        "figures": figures,
         "galleries": _galleries(inputs),
         "panels": curves.panels(trainings, evaluations, METHOD_NAMES),
         "graph": rule_graph(runs.ancestors(job, params)),
