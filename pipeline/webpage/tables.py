@@ -50,6 +50,8 @@ class Cell:
     runs: tuple[Link, ...] = ()
     """Instead of text."""
     number: bool = False
+    tab: bool = True
+    """Whether the Tab key stops at its link: not where a cell of the same row leads there, too."""
 
     @property
     def missing(self) -> bool:
@@ -157,7 +159,7 @@ def _plain(rows: Sequence[Row], known: Mapping[str, str]) -> Lines:
                 line[key] = Cell("", runs=links)
             elif key != "section" and not (key.endswith(ERROR) and key.removesuffix(ERROR) in row):
                 error = row.get(key + ERROR, "")
-                line[key] = Cell(text, error, first if text else None, number=is_number(text))
+                line[key] = Cell(text, error, first if text else None, number=is_number(text), tab=False)
         sections.setdefault(row.get("section", ""), []).append(line)
     return list(sections.items())
 

@@ -124,14 +124,9 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=name, windowsVirtualKeyCode=code, **extra)
 
-    def picture(self, file: Path, whole: bool = True) -> None:
-        """A screenshot."""
-        shot = self("Page.captureScreenshot", captureBeyondViewport=whole, **({} if not whole else self._clip()))
-        file.write_bytes(base64.b64decode(shot["data"]))
-
-    def _clip(self) -> dict[str, Any]:
-        size = self("Page.getLayoutMetrics")["cssContentSize"]
-        return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
+    def screenshot(self) -> bytes:
+        """What the window shows, as PNG."""
+        return base64.b64decode(self("Page.captureScreenshot")["data"])
 
     def problems(self) -> list[str]:
         """Errors and warnings that the page has logged so far, and exceptions."""
