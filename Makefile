@@ -15,7 +15,7 @@ unexport PYTHONPATH PYTHONHOME
 
 # Files of tests that run at a time; each keeps to one thread and about 1 GB. On two cores three are faster: many tests wait for processes.
 WORKERS ?= 3
-RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png reports/evaluations.csv
+RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png reports/evaluations.csv reports/report.html
 
 .PHONY: help setup demo test lint format bench sync testcluster lock clean
 
@@ -30,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## train teachers and students on a small data set, draw Table 2 and Figure 2 (SCALE=smoke: a 2-minute version)
 	@$(RUN) python -m pipeline watch -- snakemake --profile cluster/local $(RESULTS) $(if $(SCALE),--config scale=$(SCALE))
 	@$(RUN) python tools/show_table.py reports/table2.csv
-	@printf '\n%s\n' "Table 2: reports/table2.md (and .csv)   samples: reports/figure2.png   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@printf '\n%s\n' "Table 2: reports/table2.md (and .csv)   everything: reports/report.html   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 
 test: $(STAMP) ## all tests, the slow ones too (ARGS="-m 'not slow'" for the quick ones, WORKERS=0 for one process)
 	@$(RUN) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -48,7 +48,8 @@ def test_every_job_of_the_demo(params: Params) -> None:
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
     reports = ["table2", "figure2", "figure3", "figure7", "evaluations"]
-    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
+    page = [f"gallery-{SLOT}", "report"]
+    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports, *page]
     assert names(registry.jobs(params)) == expected
 
 
@@ -163,7 +164,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("vae.kl_weight", 0.5, ["vae"]),
         ("vae.engine", {"batch": 8, "processes": 2}, []),
         ("features.dim", 32, ["features"]),
-        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2"]),
+        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2", "gallery"]),
         ("teacher.lr", 0.5, ["teacher-S", "teacher-M"]),
         ("students.scd.lr", 0.5, ["student-S-scd", "student-M-scd"]),
         ("students.sct.tangent_c", 0.5, ["student-S-sct", "student-M-sct"]),
@@ -171,7 +172,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S"]),
         ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd"]),
         ("evaluation.neighbours", 4, ["reconstruction", *EVALUATED, "table2", "figure2", "figure7"]),
-        ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2", "figure7"]),
+        ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2", "figure7", "gallery"]),
         ("figure2.seed", 5, ["figure2"]),
     ],
 )  # fmt: skip
@@ -259,8 +260,8 @@ def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
     del slot["vae"]
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
-    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3", "evaluations"}
-    assert {job.stage for job in jobs} == stages
+    made = {"dataset", "features", "reference", "teacher", "student", "evaluate"}
+    assert {job.stage for job in jobs} == {*made, "figure3", "evaluations", "gallery", "report"}
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}
 

@@ -20,6 +20,9 @@ from typing import IO, NamedTuple
 import pytest
 from PIL import Image
 
+from pipeline.webpage.render import without_records
+from tests.pipeline.pages import Page
+
 pytestmark = pytest.mark.slow
 
 COLUMNS = [
@@ -45,6 +48,7 @@ RESULTS = [
     "reports/figure7.png",
     "reports/figure7.csv",
     "reports/evaluations.csv",
+    "reports/report.html",
 ]
 SNAKEMAKE = ["snakemake", "--profile", "cluster/local", *RESULTS, "--config", "scale=smoke"]
 TEACHER = Path("runs/smoke/latent_guided/teacher/M")
@@ -286,6 +290,18 @@ def test_both_engines_give_byte_identical_tables(runs: Runs) -> None:
         assert (runs.snakemake.path / name).read_bytes() == (runs.dvc.path / name).read_bytes(), name
 
 
+def test_both_engines_make_the_same_page_but_for_what_is_recorded(runs: Runs) -> None:
+    pages = [(copy.path / "reports/report.html").read_text() for copy in (runs.snakemake, runs.dvc)]
+    commit = runs.snakemake.run("git", "rev-parse", "HEAD").strip()
+    assert commit in pages[0]
+    assert pages[0] != pages[1]
+    first, second = map(without_records, pages)
+    assert commit not in first
+    assert first == second
+    assert Page(pages[0]).errors == []
+    assert max(len(page) for page in pages) < 15_000_000
+
+
 def test_a_run_leaves_git_status_clean(runs: Runs) -> None:
     status = runs.snakemake.run("git", "status", "--porcelain").splitlines()
     changed_here = {" M params.yaml", "?? dvc.lock", " M dvc.lock"}  # by the test of `sync` below, when it ran first
@@ -324,7 +340,7 @@ def test_an_input_made_again_by_hand_and_sync_leave_the_engines_nothing_to_do_be
     )
     (runs.dvc.path / "reports/figure2.png").unlink()
     told = runs.dvc.run("python", "-m", "pipeline", "sync", timeout=180)
-    assert "1 are left to do, first figure2 (to do)" in told
-    assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2"}
-    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry")) == ["figure2"]
+    assert "2 are left to do, first figure2 (to do)" in told  # and the page, which shows it
+    assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2", "report"}
+    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry"))[0] == "figure2"
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
