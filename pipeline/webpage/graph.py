@@ -163,9 +163,10 @@ def _places(columns: list[list[str]], heights: Mapping[str, int], chains: Chains
     for sweep in range(SWEEPS):
         for column in columns if sweep % 2 == 0 else reversed(columns):
             wish = {}
-            for key in column:
+            for i, key in enumerate(column):
                 near = [place[other] for links in (before, after) for other in links.get(key, [])]
-                wish[key] = sum(near) / len(near) if near else place[key]
+                # What has no neighbours stays beside what stands above it.
+                wish[key] = sum(near) / len(near) if near else wish[column[i - 1]] if i else place[key]
             _settle(column, wish, room, place)
     top = min(y - (room[key] - GAP_Y) / 2 for key, y in place.items()) - 1
     return {key: y - top for key, y in place.items()}
