@@ -37,9 +37,8 @@ def page(others: Sequence[Stage]) -> Stage:
 
     def inputs(point: Point) -> dict[str, Path]:
         jobs = [stage.job(point.params, axes) for stage in others for axes in stage.expand(point.params)]
-        samples = {job.name: job.outputs[0] for job in jobs if job.stage == "gallery"}
-        files = {path.name: path for job in jobs if job.is_report for path in job.outputs}
-        return {**expansion.every_evaluation(point), **samples, **files}
+        folders = {job.name: job.outputs[0] for job in jobs if job.stage in ("evaluate", "gallery")}
+        return {**folders, **{path.name: path for job in jobs if job.is_report for path in job.outputs}}
 
     return Stage(
         "report",

@@ -4,6 +4,7 @@
 import base64
 import hashlib
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import manifest, page, registry
+from pipeline import manifest, page, paths, registry
 from pipeline.done import DONE, states
 from pipeline.errors import PipelineError
+from pipeline.files import host
 from pipeline.params import load, read_yaml, validate
 from pipeline.webpage import charts, curves, graph, pictures, runs, tables
 from pipeline.webpage import render as rendering
@@ -271,6 +273,10 @@ def test_the_stage_writes_it_as_a_user_runs_it(made: Made, tmp_path: Path) -> No
     assert Page(file.read_text()).errors == []
     assert file.stat().st_size < 15_000_000
     assert states(made.jobs, made.params)["report"] == DONE
+    environment = json.loads(paths.record_file(made.page).read_text())["environment"]
+    assert environment["python"] == platform.python_version()
+    assert "numpy" in environment["packages"]
+    assert host() not in str(environment)
 
 
 def test_a_page_that_would_be_too_large_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ Two copies of the repository are run once, side by side, and every test below lo
 """
 
 import csv
+import json
 import os
 import re
 import signal
@@ -300,6 +301,24 @@ def test_both_engines_make_the_same_page_but_for_what_is_recorded(runs: Runs) ->
     assert first == second
     assert Page(pages[0]).errors == []
     assert max(len(page) for page in pages) < 15_000_000
+
+
+def test_the_page_has_every_students_samples_over_steps_and_guidance(runs: Runs) -> None:
+    folder = runs.snakemake.path / "runs/smoke/latent_guided/gallery"
+    grids = json.loads((folder / "grids.json").read_text())["grids"]
+    for size in "SM":
+        own = [grid for grid in grids if (grid["size"], grid["method"]) == (size, "scd")]
+        assert {(grid["steps"], grid["guidance"]) for grid in own} == {(n, s) for n in (1, 2) for s in (1.0, 1.5)}
+        assert {
+            (grid["steps"], grid["guidance"]) for grid in grids if (grid["size"], grid["method"]) == (size, "sct")
+        } == {
+            (1, None),
+            (2, None),
+        }
+        pictures = {(folder / grid["file"]).read_bytes() for grid in own}
+        assert len(pictures) == len(own), "two of them are the same"
+    shown = Page((runs.snakemake.path / "reports/report.html").read_text()).all("img")
+    assert sum(image["alt"].startswith("Grid of samples") for image in shown) == len(grids)
 
 
 def test_a_run_leaves_git_status_clean(runs: Runs) -> None:
