@@ -162,7 +162,7 @@ def _places(columns: list[list[str]], heights: Mapping[str, int], chains: Chains
             y += room[key]
     for sweep in range(SWEEPS):
         for column in columns if sweep % 2 == 0 else reversed(columns):
-            wish = {}
+            wish: dict[str, float] = {}
             for i, key in enumerate(column):
                 near = [place[other] for links in (before, after) for other in links.get(key, [])]
                 # What has no neighbours stays beside what stands above it.

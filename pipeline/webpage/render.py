@@ -73,12 +73,13 @@ def render(job: Job, params: Params, inputs: Mapping[str, Path], input_runs: Map
     trainings = [run for stage in stages if stage.name in costs.TRAINED for run in stage.runs]
     evaluations = {_axes(run.job): inputs[name] for run in everything if (name := run.job.name) in inputs}
     shown_tables, figures = _tables(files, titles, known), _figures(files, titles, known)
-    shown = {item.name for item in (*shown_tables, *figures)}
+    shown = {table.name for table in shown_tables} | {figure.name for figure in figures}
     page = {
         "scale": job.scale,
         "slots": params.scales[job.scale].slots,
         "claims": judged,
         "verdicts": claims.summary(judged or []),
+        "marks": claims.MARKS,
         "tables": shown_tables,
         "figures": figures,
         "galleries": _galleries(inputs),

@@ -153,7 +153,7 @@ def test_published_rows_are_there_unchanged(parsed: Page) -> None:
 
 def test_the_verdicts_stand_on_top_and_beside_the_claims(parsed: Page) -> None:
     text = parsed.text()
-    assert "1 claim: holds 1 claim: does not hold 1 claim: not testable at this scale" in text
+    assert "✓ holds: 1 ✗ does not hold: 1 ? not testable at this scale: 1" in text
     kinds = [a["class"] for a in parsed.all("article") if a.get("class", "").startswith("claim")]
     assert kinds == ["claim holds", "claim fails", "claim open"]
     assert "± 0.02" in text
