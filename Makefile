@@ -29,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## train teachers and students on small data sets, make every table and figure (SCALE=smoke: in minutes, without meaning)
 	@$(RUN) python -m pipeline watch -- snakemake --profile cluster/local $(if $(SCALE),--config scale=$(SCALE))
 	@$(RUN) python tools/show_table.py reports/table2.csv
-	@printf '\n%s\n' "tables, figures and claims: reports/   samples: reports/figure2.png   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@printf '\n%s\n' "everything on one page: reports/report.html   tables, figures, claims: reports/   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 
 test: $(STAMP) ## all tests, the slow ones too (ARGS="-m 'not slow'" for the quick ones, WORKERS=0 for one process)
 	@$(RUN) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -282,6 +282,11 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     return _resources(scale, 1 * MB, flops=flops, scratch=scratch, processes=plan.processes)
 
 
+def sampling(scale: Scale, flops: float, images: int, bytes: int) -> Resources:
+    """Sampling so many images by one process."""
+    return _resources(scale, bytes, flops=flops, seconds=IMAGE * images)
+
+
 def report(scale: Scale, axes: Mapping[str, str]) -> Resources:
     """Writing a table."""
     return _resources(scale, 64 * 1024, seconds=1)

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +63,36 @@ def code_state() -> dict[str, Any]:
     return {**git_state(), "code": sources_digest()}
 
 
+PACKAGES = ("torch", "numpy", "scipy", "torch-fidelity", "diffusers")  # that results depend on
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware of this process, in words for readers; '' for what is not there. No names of machines or people."""
+    torch = sys.modules.get("torch")
+    devices = torch.cuda.device_count() if torch and torch.cuda.is_available() else 0
+    named = [torch.cuda.get_device_name(i) for i in range(devices)] if torch else []
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "gpus": ", ".join(f"{named.count(name)} × {name}" for name in dict.fromkeys(named)),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name)),
+    }
+
+
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def place() -> str:

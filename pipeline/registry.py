@@ -27,6 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pipeline import page
 from pipeline.costs import Resources
 from pipeline.declared import MODELS
 from pipeline.errors import RegistryError, suggestion
@@ -37,9 +38,8 @@ from pipeline.reports import REPORTED
 __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "ends", "find", "jobs", "parents", "settings"]
 
 
-STAGES: Mapping[str, Stage] = MappingProxyType(
-    {stage.name: stage for stage in (*MODELS, *REPORTED)}
-)  # in topological order
+_DECLARED = (*MODELS, *REPORTED)  # in topological order
+STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in (*_DECLARED, *page.stages(_DECLARED))})
 
 
 def jobs(params: Params, scale: str | None = None) -> list[Job]:

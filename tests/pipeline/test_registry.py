@@ -62,7 +62,15 @@ def test_every_job_of_the_demo(params: Params) -> None:
     tables = ["table2", "table4", "table5", "table6"]
     figures = ["figure1", "figure2", "figure3", "figure5", "figure6", "figure7"]
     reports = [*tables, *figures, "claims", "evaluations"]
-    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
+    expected = [
+        *shared,
+        *teachers,
+        *(f"student-{model}" for model in models),
+        *evaluated,
+        *reports,
+        f"gallery-{SLOT}",
+        "report",
+    ]
     assert names(registry.jobs(params)) == expected
 
 
@@ -221,7 +229,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("vae.kl_weight", 0.5, ["vae"]),
         ("vae.engine", {"batch": 8, "processes": 2}, []),
         ("features.dim", 32, ["features"]),
-        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2"]),
+        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2", "gallery"]),
         ("teacher.lr", 0.5, ["teacher-S", "teacher-M", *SETTINGS]),
         ("students.scd.lr", 0.5, ["student-S-scd", "student-M-scd", *SETTINGS]),
         ("students.sct.tangent_c", 0.5, ["student-S-sct", "student-M-sct", *SETTINGS]),
@@ -230,7 +238,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd", *SETTINGS]),
         ("sizes.M.engine", {"accumulation": 2}, []),
         ("evaluation.neighbours", 4, ["reconstruction", *EVALUATED, "figure2", *MEASURED]),
-        ("evaluation.t_mid", 1.0, [*EVALUATED, "figure2", *MEASURED]),
+        ("evaluation.t_mid", 1.0, [*EVALUATED, "figure2", "gallery", *MEASURED]),
         ("figure2.seed", 5, ["figure2"]),
     ],
 )  # fmt: skip
@@ -319,7 +327,16 @@ def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
     stages = {"dataset", "features", "reference", "teacher", "student", "evaluate"}
-    assert {job.stage for job in jobs} == stages | {"table1", "table3", "table7", "figure3", "claims", "evaluations"}
+    assert {job.stage for job in jobs} == stages | {
+        "table1",
+        "table3",
+        "table7",
+        "figure3",
+        "claims",
+        "evaluations",
+        "gallery",
+        "report",
+    }
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}
 

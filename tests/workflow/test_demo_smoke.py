@@ -8,6 +8,7 @@ Two copies of the repository are run once, side by side, and every test below lo
 """
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ from typing import IO, NamedTuple
 
 import pytest
 from PIL import Image
+
+from pipeline.webpage.render import without_records
+from tests.pipeline.pages import Page
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +49,7 @@ RESULTS = [
     *(f"reports/{name}.{kind}" for name in (*TABLES, "claims") for kind in ("csv", "md", "tex")),
     *(f"reports/figure{number}.{kind}" for number in range(1, 14) for kind in ("png", "pdf")),
     *(f"reports/{name}.csv" for name in (*WITH_NUMBERS, "evaluations")),
+    "reports/report.html",
 ]
 SNAKEMAKE = ["snakemake", "--profile", "cluster/local", "--config", "scale=smoke"]
 TEACHER = Path("runs/smoke/latent_guided/teacher/M")
@@ -351,6 +356,36 @@ def test_trainings_leave_their_curves(runs: Runs) -> None:
         assert not {"time", "images_per_second"} & set(rows[0]), folder
 
 
+def test_both_engines_make_the_same_page_but_for_what_is_recorded(runs: Runs) -> None:
+    pages = [(copy.path / "reports/report.html").read_text() for copy in (runs.snakemake, runs.dvc)]
+    commit = runs.snakemake.run("git", "rev-parse", "HEAD").strip()
+    assert commit in pages[0]
+    assert pages[0] != pages[1]
+    first, second = map(without_records, pages)
+    assert commit not in first
+    assert first == second
+    assert Page(pages[0]).errors == []
+    assert max(len(page) for page in pages) < 15_000_000
+
+
+def test_the_page_has_every_students_samples_over_steps_and_guidance(runs: Runs) -> None:
+    folder = runs.snakemake.path / "runs/smoke/latent_guided/gallery"
+    grids = json.loads((folder / "grids.json").read_text())["grids"]
+    for size in "SM":
+        own = [grid for grid in grids if (grid["size"], grid["method"]) == (size, "scd")]
+        assert {(grid["steps"], grid["guidance"]) for grid in own} == {(n, s) for n in (1, 2) for s in (1.0, 1.5)}
+        assert {
+            (grid["steps"], grid["guidance"]) for grid in grids if (grid["size"], grid["method"]) == (size, "sct")
+        } == {
+            (1, None),
+            (2, None),
+        }
+        pictures = {(folder / grid["file"]).read_bytes() for grid in own}
+        assert len(pictures) == len(own), "two of them are the same"
+    shown = Page((runs.snakemake.path / "reports/report.html").read_text()).all("img")
+    assert sum(image["alt"].startswith("Grid of samples") for image in shown) == len(grids)
+
+
 def test_a_run_leaves_git_status_clean(runs: Runs) -> None:
     status = runs.snakemake.run("git", "status", "--porcelain").splitlines()
     changed_here = {
@@ -394,7 +429,7 @@ def test_an_input_made_again_by_hand_and_sync_leave_the_engines_nothing_to_do_be
     )
     (runs.dvc.path / "reports/figure2.png").unlink()
     told = runs.dvc.run("python", "-m", "pipeline", "sync")
-    assert "1 are left to do, first figure2 (to do)" in told
-    assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2"}
-    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry")) == ["figure2"]
+    assert "2 are left to do, first figure2 (to do)" in told  # and the page, which shows it
+    assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2", "report"}
+    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry"))[0] == "figure2"
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
