@@ -106,7 +106,7 @@ _DECLARED = (
         "train a consistency model",
         axes=("slot", "size", "method"),
         expand=expansion.students,
-        inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data(), **p.decoder()},
+        inputs=expansion.student_inputs,
         params=lambda p: expansion.network_keys(p, f"students.{p.axes['method']}"),
         cost=costs.student,
     ),

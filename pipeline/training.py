@@ -90,7 +90,8 @@ def run_training(
 ) -> TrainState:
     """Train as `engine` says, with checkpoints in the job's working folder, metrics to the tracker by images seen, and a progress display.
 
-    Companions train with the same settings, but without an average. On processes other than the first this does not return.
+    Companions train with the same settings, but without an average, and at a rate of their own where they have one. On processes other than
+    the first this does not return.
     """
     heads, companions = heads or {}, companions or {}
     with together(ctx.job, engine.processes) as ranks, StopRequest(budget(engine)) as stop:
@@ -101,6 +102,7 @@ def run_training(
             own = replace(
                 settings,
                 seed=derive_seed(settings.seed, name),  # noise of its own
+                lr=settings.lr if other.lr is None else other.lr,
                 ema_sigma_rel=None,
                 ema_half_life=None,
                 snapshots=(),

@@ -7,9 +7,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.context import Context
-from pipeline.generation import TEACHER, noise_of, samples, student_of_job
+from pipeline.generation import noise_of, samples, student_of_job
 from pipeline.job import REPORT_SLOT, table2_students
 from pipeline.modelling import MODEL, Decoder
+from pipeline.students import TEACHER
 from pipeline.tables import METHOD_NAMES, best_guidance
 from scm_core.nn.build import load_model
 
