@@ -2,9 +2,9 @@
 """What variational score distillation of a guided teacher leads to, and why F_φ must know the scale, on Gaussians in closed form.
 
 Classes of variance v_c within data of variance v_u, both in units of σ_d², means at 0. The guided score at t is that of a Gaussian of the
-precision s/(cos² t v_c + sin² t) − (s − 1)/(cos² t v_u + sin² t), which is no diffused Gaussian's: the variance that VSD asks of the samples
-depends on t. It is the harmonic extrapolation from v_u past v_c where t → 0, and the arithmetic one,
-v_c − (s − 1)(v_u − v_c), where t → π/2. The guided PF-ODE, which sCD follows, gives the geometric one, v_c (v_c/v_u)^{s − 1}.
+precision s/(cos² t v_c + sin² t) − (s − 1)/(cos² t v_u + sin² t), which is no diffused Gaussian's: the variance that VSD asks of the
+samples depends on t. It is the harmonic extrapolation from v_u past v_c where t → 0, and the arithmetic one, v_c − (s − 1)(v_u − v_c),
+where t → π/2. The guided PF-ODE, which sCD follows, gives the geometric one, v_c (v_c/v_u)^{s − 1}.
 """
 
 import math
