@@ -15,11 +15,12 @@ from scm_core.sampling import diffusion_nfe
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = "latent_guided"
+STUDENTS = ("scd", "sct", "scd_vsd", "vsd")
 TRAINED = [
     *(f"teacher-{size}" for size in "SM"),
-    *(f"student-{size}-{method}" for size in "SM" for method in ("scd", "sct")),
+    *(f"student-{size}-{method}" for size in "SM" for method in STUDENTS),
 ]
-EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", "scd", "sct")]
+EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", *STUDENTS)]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def names(jobs: list[Job]) -> list[str]:
 
 
 def test_every_job_of_the_demo(params: Params) -> None:
-    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in ("scd", "sct")]
+    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in STUDENTS]
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
@@ -63,6 +64,27 @@ def test_jobs_come_after_what_they_read_and_every_input_is_made(params: Params) 
         assert set(job.inputs.values()) <= made, job.name
         assert not made & set(job.outputs), job.name
         made.update(job.outputs)
+
+
+def test_a_student_that_starts_as_another_one_waits_for_it(params: Params) -> None:
+    jobs = registry.jobs(params)
+    for size in "SM":
+        axes = {"slot": SLOT, "size": size}
+        student = registry.find(params, "student", {**axes, "method": "scd_vsd"})
+        first = registry.find(params, "student", {**axes, "method": "scd"})
+        assert student.inputs["start"] == first.outputs[0]
+        assert {"student-latent_guided-" + size + "-scd", "teacher-latent_guided-" + size} <= set(
+            names(registry.parents(student, jobs))
+        )
+        assert "start" not in registry.find(params, "student", {**axes, "method": "vsd"}).inputs
+    backwards = changed("sizes.S.students", {"scd_vsd": {}, "scd": {}, "sct": {}})
+    assert [
+        job.axes["method"] for job in registry.jobs(backwards) if job.stage == "student" and job.axes["size"] == "S"
+    ] == [
+        "scd",
+        "scd_vsd",
+        "sct",
+    ]
 
 
 def test_outputs_do_not_lie_in_one_another(params: Params) -> None:
@@ -167,7 +189,7 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("teacher.lr", 0.5, ["teacher-S", "teacher-M"]),
         ("students.scd.lr", 0.5, ["student-S-scd", "student-M-scd"]),
         ("students.sct.tangent_c", 0.5, ["student-S-sct", "student-M-sct"]),
-        ("sizes.S.network.width", 40, ["teacher-S", "student-S-scd", "student-S-sct"]),
+        ("sizes.S.network.width", 40, ["teacher-S", *(f"student-S-{name}" for name in STUDENTS)]),
         ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S"]),
         ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd"]),
         ("evaluation.neighbours", 4, ["reconstruction", *EVALUATED, "table2", "figure2", "figure7"]),
