@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from pipeline.students import METHODS, UNGUIDED, Student, StudentTraining, in_order
-from pipeline.training import schedule
+from pipeline.training import schedule, settings_beside, train_settings
 from scm_core.nn.small import SmallNet
 from scm_core.objectives import methods
 
@@ -109,7 +109,10 @@ def test_the_fake_network_has_a_rate_of_its_own() -> None:
     for rate in (None, 6e-3):
         options = section("vsd", fake_lr=rate).options()
         made = methods.METHODS["vsd"](net(False), net(False), 0.5, (1, 4, 4), **options)
-        assert made.companions["fake"].lr == rate
+        settings = train_settings(section("vsd", fake_lr=rate), seed=3)
+        beside = settings_beside(settings, "fake", made.companions["fake"])
+        assert beside.lr == (1e-3 if rate is None else rate)
+        assert (beside.seed != settings.seed, beside.ema_sigma_rel, beside.batch) == (True, None, 4)
 
 
 def test_sampling_steps() -> None:
