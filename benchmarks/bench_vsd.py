@@ -77,6 +77,7 @@ CASES = {
     "literal": Case("sCD+VSD, F_φ at the student's rate from the first step", options={}),
     "blind": Case("sCD+VSD, F_φ fast and first, not told s", options={**FAKE, "fake_guidance": False}),
     "scd_vsd": Case("sCD+VSD, F_φ fast and first", options=FAKE),
+    "scd_vsd_near": Case("sCD+VSD, F_φ fast and first, t as the teacher's", options={**FAKE, **NEAR}),
     "vsd_literal": Case("VSD, F_φ at the student's rate from the first step", "vsd"),
     "vsd": Case("VSD, F_φ fast and first", "vsd", options=FAKE),
     "vsd_near": Case("VSD, F_φ fast and first, t as the teacher's", "vsd", options={**FAKE, **NEAR}),
