@@ -16,49 +16,29 @@ Writes benchmarks/results/vsd.json and .md; cases, sizes and seeds that are not 
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from vsd_demo import FAKE, SCALES, TANGENT, Demo, settings  # before torch: it sets its threads
 
-import torch  # noqa: E402
-from report import RESULTS, write  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+# isort: split
+import torch
+from report import RESULTS, write
+from torch import nn
+from vsd_signal import signal, table
 
-from pipeline import params, registry  # noqa: E402
-from pipeline.evaluation import load_references, numbers  # noqa: E402
-from pipeline.generation import noise_of, samples  # noqa: E402
-from pipeline.modelling import MODEL, Data, Decoder  # noqa: E402
-from pipeline.spaces import load_extractor  # noqa: E402
-from scm_core.data import load_latents  # noqa: E402
-from scm_core.guidance import guided  # noqa: E402
-from scm_core.nn.build import build_network, load_model, student_of  # noqa: E402
-from scm_core.objectives import Companion  # noqa: E402
-from scm_core.objectives.methods import METHODS  # noqa: E402
-from scm_core.objectives.vsd import generate  # noqa: E402
-from scm_core.seeds import derive_seed, generator_for  # noqa: E402
-from scm_core.train.schedule import Schedule  # noqa: E402
-from scm_core.train.state import TrainSettings, TrainState  # noqa: E402
-from scm_core.train.step import train_step  # noqa: E402
-from scm_core.trigflow import diffuse, t_max, velocity  # noqa: E402
+from scm_core.nn.build import build_network, student_of
+from scm_core.objectives.methods import METHODS
+from scm_core.seeds import derive_seed
+from scm_core.train.state import TrainState
+from scm_core.train.step import train_step
 
-SLOT, SPACE = "latent_guided", "classifier"
 GUIDANCE = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0)
-SCALES = (1.0, 2.0)  # that students are trained on
-TANGENT = {"P_mean": -1.0, "P_std": 1.4}  # params.yaml, scale demo
 LR = 1e-3  # of a student that goes on from sCD's
-RAMP_UP, FINAL, DECAY = 50, 0.03, 0.3
-FAKE = {"fake_lr": 6e-3, "vsd_delay": 400}
 NEAR = {"vsd_P_mean": -0.8, "vsd_P_std": 1.0}
-TIMES = (0.05, 0.2, 0.5, 0.8, 1.1, 1.3, 1.45, 1.52, 1.555)
-FIRST, CHUNK = 300_000, 500  # index of the first sample; samples at once
+FIRST = 300_000  # index of the first sample
 
 
 class Case(NamedTuple):
@@ -86,43 +66,6 @@ CASES = {
         "VSD, F_φ fast, from the teacher, t as the teacher's", "vsd", "teacher", {"fake_lr": 6e-3, **NEAR}, 1500, 3e-3
     ),
 }
-
-
-class Demo:
-    """The demo's networks of one size, its data and its measure."""
-
-    def __init__(self, size: str) -> None:
-        found = params.load(ROOT / "params.yaml", "demo")
-        self.slot = found.active.slots[SLOT]
-        job = registry.find(found, "evaluate", {"slot": SLOT, "size": size, "method": "scd"})
-        inputs = {name: ROOT / path for name, path in job.inputs.items()}
-        teacher = registry.find(found, "teacher", {"slot": SLOT, "size": size}).outputs[0]
-        self.teacher, self.student = load_model(ROOT / teacher / MODEL), load_model(inputs["student"] / MODEL)
-        self.store = load_latents(inputs["latents"])
-        self.data = Data(self.store.sample, self.store.labels, len(self.store), self.store.shape)
-        self.decode, self.extract = Decoder(self.slot, inputs), load_extractor(SPACE, inputs)
-        self.reference = load_references([SPACE], inputs["reference"])[SPACE]
-        self.scd, self.sigma_data = self.slot.student_for(size, "scd"), self.slot.sigma_data
-
-    @torch.no_grad()
-    def measure(self, net: nn.Module, scale: float, first: int, steps: int = 1) -> dict[str, float]:
-        """FID, precision and recall, with their errors, of samples `first` and following."""
-        features = []
-        for start in range(first, first + self.slot.evaluation.samples, CHUNK):
-            indices = range(start, start + CHUNK)
-            labels = torch.tensor([i % self.slot.dataset.labels for i in indices])
-            noise = noise_of(self.scd, indices, self.data.shape, steps)
-            x0 = samples(self.slot, self.scd, net, noise, labels, scale)
-            features.append(self.extract(self.decode(x0)))
-        found = numbers(torch.cat(features), self.reference, self.slot.evaluation)
-        keys = ("fid", "precision", "recall")
-        return {key: round(float(found[key] or 0.0), 5) for key in (*keys, *(f"{name}_se" for name in keys))}
-
-
-def settings(iterations: int, lr: float, seed: int, ema: float | None = None) -> TrainSettings:
-    """Those of all cases."""
-    schedule = Schedule("linear", start=DECAY, final=FINAL, ramp_up=RAMP_UP)
-    return TrainSettings(iterations, 64, lr, seed, schedule=schedule, head_lr=1e-2, ema_sigma_rel=ema)
 
 
 def trained(demo: Demo, case: Case, seed: int) -> tuple[nn.Module, dict[str, float]]:
@@ -163,79 +106,6 @@ def run(demo: Demo, case: Case, seed: int) -> dict[str, Any]:
     return {"seconds": round(seconds), "points": points, "log": log}
 
 
-def fake_of(demo: Demo, seed: int, iterations: int = 1000) -> nn.Module:
-    """F_φ, told s, trained alone on the samples of the sCD student."""
-    net, _ = student_of(demo.teacher, guidance_input=True, dropout=0.0)
-    net.load_state_dict(demo.student.net.state_dict())
-    method = METHODS["vsd"](net, demo.teacher.net, demo.sigma_data, demo.data.shape, guidance=SCALES)
-    other: Companion = method.companions["fake"]
-    state = TrainState(other.net, settings(iterations, FAKE["fake_lr"], derive_seed(seed, "alone")), other.heads)
-    batches = demo.data.batches(state.settings)
-    state.train()
-    for i in range(iterations):
-        train_step(state, other.objective, batches(i))
-    return other.net.eval()
-
-
-@torch.no_grad()
-def signal(demo: Demo, count: int = 500) -> dict[str, Any]:
-    """E‖F_teacher − F_φ‖²/D by scale and t: what two F_φ agree on, and what not; t = π/2: from the means of the samples.
-
-    With them the mean of the teacher's denoiser against that of the data (σ_d = 1), over the classes: how well it knows the mean at t.
-    """
-    pair, sigma_data = [fake_of(demo, seed) for seed in (0, 1)], demo.sigma_data
-    generator = generator_for("signal")
-    labels = torch.arange(count) % demo.slot.dataset.labels
-    rows: list[dict[str, float]] = []
-    for scale in (1.0, 1.5, 2.0):
-        s = torch.full((count,), scale)
-        x0 = generate(demo.student.net, noise(demo, count, generator), sigma_data, labels, s)
-        for at in TIMES:
-            t = torch.full((count,), at)
-            x = diffuse(x0, noise(demo, count, generator), t) / sigma_data
-            teacher = guided(demo.teacher.net, x, t, labels, s)
-            a, b = (teacher - fake(x, t, labels, s) for fake in pair)
-            rows.append({"guidance": scale, "t": at, "signal": mean(a * b), "noise": mean((a - b) ** 2) / 2})
-        rows.append({"guidance": scale, "t": math.pi / 2, "signal": far_signal(demo, scale, generator)})
-    bias = {f"{at:g}": teacher_bias(demo, at, generator) for at in TIMES}
-    return {"rows": [{key: round(value, 5) for key, value in row.items()} for row in rows], "teacher_bias": bias}
-
-
-def noise(demo: Demo, count: int, generator: torch.Generator) -> Tensor:
-    """z of the data's shape."""
-    return demo.sigma_data * torch.randn(count, *demo.data.shape, generator=generator)
-
-
-def mean(x: Tensor) -> float:
-    return float(x.mean())
-
-
-def far_signal(demo: Demo, scale: float, generator: torch.Generator, count: int = 600) -> float:
-    """At t_max, where F is −E[x0]/σ_d: the guided teacher's mean against that of the student's samples, without the means' own variance."""
-    found = []
-    for label in range(demo.slot.dataset.labels):
-        labels, s = torch.full((count,), label), torch.full((count,), scale)
-        x0 = generate(demo.student.net, noise(demo, count, generator), demo.sigma_data, labels, s) / demo.sigma_data
-        t = torch.full((count,), t_max(demo.sigma_data))
-        F = guided(demo.teacher.net, noise(demo, count, generator) / demo.sigma_data, t, labels, s)
-        found.append(mean((F.mean(0) + x0.mean(0)) ** 2) - mean(x0.var(0)) / count)
-    return statistics.fmean(found)
-
-
-def teacher_bias(demo: Demo, at: float, generator: torch.Generator, count: int = 400) -> float:
-    """‖E[D(x_t, t) | class] − E[x0 | class]‖²/D in units of σ_d², unguided, averaged over the classes."""
-    known, found = demo.data.labels, []
-    assert known is not None
-    for label in range(demo.slot.dataset.labels):
-        indices = torch.nonzero(known == label).flatten()[:count]
-        x0, t = demo.store.sample(indices, generator), torch.full((len(indices),), at)
-        z = noise(demo, len(indices), generator)
-        F = demo.teacher.net(diffuse(x0, z, t) / demo.sigma_data, t, known[indices])
-        error = F - velocity(x0, z, t) / demo.sigma_data  # D − x0 = −sin(t) σ_d (F − v_t/σ_d)
-        found.append(math.sin(at) ** 2 * mean(error.mean(0) ** 2))
-    return round(statistics.fmean(found), 5)
-
-
 def page(report: Mapping[str, Any]) -> str:
     """The results as tables."""
     lines = ["# Variational score distillation at the demo's scale", "", "`python benchmarks/bench_vsd.py`.", ""]
@@ -252,7 +122,7 @@ def page(report: Mapping[str, Any]) -> str:
                 lines.append(f"| {case.title} (`{name}`) | {len(seeds)} | " + " | ".join(cells) + " |")
         lines.append("")
         if "signal" in cases:
-            lines += signal_table(cases["signal"])
+            lines += table(cases["signal"])
     return "\n".join(lines)
 
 
@@ -264,29 +134,6 @@ def cell(points: list[dict[str, float]]) -> str:
     if len(points) > 1:
         own = max(own, statistics.stdev(p["fid"] for p in points) / math.sqrt(len(points)))
     return f"{fid:.3f} ± {own:.3f}, {precision:.3f}, {recall:.3f}"
-
-
-def signal_table(found: Mapping[str, Any]) -> list[str]:
-    """(F_teacher − F_φ)² by t."""
-    columns = [
-        "t",
-        "σ",
-        "teacher's bias of the mean",
-        "s = 1: signal",
-        "noise",
-        "s = 1.5: signal",
-        "noise",
-        "s = 2: signal",
-        "noise",
-    ]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for at in (*TIMES, round(math.pi / 2, 5)):
-        sigma = f"{0.5 * math.tan(at):.2f}" if at in TIMES else "∞"
-        cells = [f"{at:g}", sigma, str(found["teacher_bias"].get(f"{at:g}", ""))]
-        for row in (row for row in found["rows"] if abs(row["t"] - at) < 1e-4):
-            cells += [f"{row['signal']:.4f}", f"{row['noise']:.4f}" if "noise" in row else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
 
 
 def main() -> None:
