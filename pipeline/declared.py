@@ -76,7 +76,7 @@ MODELS = (
         "train a consistency model",
         axes=("slot", "size", "method"),
         expand=expansion.students,
-        inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data(), **p.decoder()},
+        inputs=expansion.student_inputs,
         params=expansion.student_keys,
         cost=costs.student,
     ),

@@ -9,6 +9,7 @@ from pipeline.autoencoders import PretrainedVae, described_by
 from pipeline.job import Axes, Point
 from pipeline.overrides import base_of
 from pipeline.params import Params
+from pipeline.students import TEACHER, in_order
 
 
 def slots(params: Params) -> Axes:
@@ -32,10 +33,10 @@ def sizes(params: Params) -> Axes:
 
 
 def students(params: Params) -> Axes:
-    """Every student of every size."""
+    """Every student of every size, each after the one that it starts as."""
     for axes in sizes(params):
         trained = params.active.slots[axes["slot"]].sizes[axes["size"]].students
-        yield from ({**axes, "method": method} for method in trained)
+        yield from ({**axes, "method": method} for method in in_order(trained))
 
 
 def evaluated(params: Params) -> Axes:
@@ -75,6 +76,13 @@ def teacher_inputs(point: Point) -> dict[str, Path]:
     if point.slot.sizes[point.axes["size"]].imported is not None:
         return {}
     return {**point.data(), **point.decoder()}
+
+
+def student_inputs(point: Point) -> dict[str, Path]:
+    """The teacher, the student that this one starts as, if it does not start as the teacher, and what samples are made of."""
+    size, start = point.axes["size"], point.slot.student_for(point.axes["size"], point.axes["method"]).start
+    first = {} if start == TEACHER else {"start": point.folder("student", size, start)}
+    return {"teacher": point.folder("teacher", size), **first, **point.data(), **point.decoder()}
 
 
 def teacher_keys(point: Point) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from pipeline.sections import (
     Training,
     problem,
 )
-from pipeline.students import UNGUIDED, Student, StudentTraining
+from pipeline.students import UNGUIDED, Student, StudentTraining, in_order
 
 SIGMA_MAX = 80.0  # that of scm_core.trigflow, where every sampler starts
 FEATURES_RESOLUTION = 8  # the smallest images that scm_core.evaluate.classifier takes
@@ -123,6 +123,7 @@ class Slot(Model):
     def _check_size(self, size: str) -> None:
         teacher, grid = self.teacher_for(size), self.evaluation.guidance
         self._check_network(size)
+        in_order(self.sizes[size].students)
         imported = self.sizes[size].imported
         if imported and imported.format in UNDROPPED and teacher.label_dropout > 0:
             what = f"must be 0, as networks of format {imported.format} are trained without dropping labels"

@@ -9,9 +9,10 @@ from pathlib import Path
 from pipeline import costs, expansion
 from pipeline.job import REPORTS, Point, Stage
 from pipeline.params import Scale, Slot
+from pipeline.students import TEACHER
 
 PAGE = "report.html"
-TEACHER = "teacher"
+
 _PARTS = tuple(Path("pipeline", "webpage", name) for name in ("page.html", "page.css", "page.js"))
 
 

@@ -3,10 +3,11 @@
 
 from pipeline import measured, style
 from pipeline.context import Context
-from pipeline.generation import TEACHER, student_of_job
+from pipeline.generation import student_of_job
 from pipeline.modelling import MODEL, Decoder
 from pipeline.pictures import Row, grid, images_of
 from pipeline.shown import LATENT
+from pipeline.students import TEACHER
 from pipeline.tables import METHOD_NAMES
 from scm_core.nn.build import load_model
 

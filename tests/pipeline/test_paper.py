@@ -92,8 +92,8 @@ COMPARED: dict[tuple[str, str], Read] = {
     ("sCD", "dropout_at_resolution_le_16"): students(lambda s: s.dropout, "scd", "multistep", "dscd"),
     ("sCD", "cfg_scale_max"): students(lambda s: s.guidance[1], "scd", "multistep", "dscd", "vsd", "scd_vsd"),
     ("sCD+VSD", "iterations"): students(lambda s: s.iterations, "scd_vsd", "vsd"),
-    ("sCD+VSD", "lr_max_alpha_ref_F_phi"): students(lambda s: s.lr, "scd_vsd", "vsd"),  # a companion has the student's
-    ("sCD+VSD", "dropout_F_phi"): students(lambda s: s.dropout, "scd_vsd", "vsd"),  # likewise
+    ("sCD+VSD", "lr_max_alpha_ref_F_phi"): students(lambda s: s.fake_lr or s.lr, "scd_vsd", "vsd"),
+    ("sCD+VSD", "dropout_F_phi"): students(lambda s: s.dropout, "scd_vsd", "vsd"),  # a companion has the student's
     ("sCD+VSD", "P_mean_L_Diff"): students(lambda s: s.fake_P_mean, "scd_vsd", "vsd"),
     ("sCD+VSD", "P_std_L_Diff"): students(lambda s: s.fake_P_std, "scd_vsd", "vsd"),
     ("sCD+VSD", "P_mean_L_VSD"): students(lambda s: s.vsd_P_mean, "scd_vsd", "vsd"),

@@ -16,11 +16,12 @@ from tests.pipeline.plain import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = "latent_guided"
+STUDENTS = ("scd", "sct")
 TRAINED = [
     *(f"teacher-{size}" for size in "SM"),
-    *(f"student-{size}-{method}" for size in "SM" for method in ("scd", "sct")),
+    *(f"student-{size}-{method}" for size in "SM" for method in STUDENTS),
 ]
-EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", "scd", "sct")]
+EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", *STUDENTS)]
 
 
 # The reports that say what they were measured with, and those that say what was trained.
@@ -55,7 +56,7 @@ def names(jobs: list[Job]) -> list[str]:
 
 
 def test_every_job_of_the_demo(params: Params) -> None:
-    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in ("scd", "sct")]
+    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in STUDENTS]
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
@@ -126,6 +127,27 @@ def test_jobs_come_after_what_they_read_and_every_input_is_made(params: Params) 
         assert set(job.inputs.values()) <= made, job.name
         assert not made & set(job.outputs), job.name
         made.update(job.outputs)
+
+
+def test_a_student_that_starts_as_another_one_waits_for_it(params: Params) -> None:
+    jobs = registry.jobs(params)
+    for size in "SM":
+        axes = {"slot": SLOT, "size": size}
+        student = registry.find(params, "student", {**axes, "method": "scd_vsd"})
+        first = registry.find(params, "student", {**axes, "method": "scd"})
+        assert student.inputs["start"] == first.outputs[0]
+        assert {"student-latent_guided-" + size + "-scd", "teacher-latent_guided-" + size} <= set(
+            names(registry.parents(student, jobs))
+        )
+        assert "start" not in registry.find(params, "student", {**axes, "method": "vsd"}).inputs
+    backwards = changed("sizes.S.students", {"scd_vsd": {}, "scd": {}, "sct": {}})
+    assert [
+        job.axes["method"] for job in registry.jobs(backwards) if job.stage == "student" and job.axes["size"] == "S"
+    ] == [
+        "scd",
+        "scd_vsd",
+        "sct",
+    ]
 
 
 def test_outputs_do_not_lie_in_one_another(params: Params) -> None:
