@@ -17,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME
 WORKERS ?= 3
 RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png reports/evaluations.csv
 
-.PHONY: help setup demo test lint format bench sync testcluster lock clean
+.PHONY: help setup demo test lint format docs bench sync testcluster lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -43,6 +43,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 format: $(STAMP) ## let ruff fix and format the code
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+docs: $(STAMP) ## the documentation with an API reference, into build/docs
+	@$(RUN) python tools/docs.py
 
 bench: $(STAMP) ## every benchmark in benchmarks/
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) python "$$script"; done

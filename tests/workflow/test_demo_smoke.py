@@ -5,20 +5,30 @@ Two copies of the repository are run once, side by side, and every test below lo
 
 - `snakemake`: everything is killed (SIGKILL) in the middle of the training of teacher M, then the same command is given again;
 - `dvc`: `dvc repro`, uninterrupted.
+
+A third copy, made of the first when it is there, is where the commands of the documents are run.
 """
 
 import csv
+import hashlib
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import pytest
 from PIL import Image
+
+from tests.documents import DOCUMENTS, Block, blocks, runnable
 
 pytestmark = pytest.mark.slow
 
@@ -328,3 +338,85 @@ def test_an_input_made_again_by_hand_and_sync_leave_the_engines_nothing_to_do_be
     assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2"}
     assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry")) == ["figure2"]
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
+
+
+def activate(copy: Copy) -> None:
+    """Give a copy a .venv that has what this process runs in, for commands that begin with make: it installs nothing."""
+    venv = copy.path / ".venv"
+    venv.mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != ".installed":
+            (venv / entry.name).symlink_to(entry)
+    pinned = (copy.path / "requirements.lock").read_bytes() + (copy.path / "pyproject.toml").read_bytes()
+    (venv / ".installed").write_text(hashlib.sha256(pinned).hexdigest() + "\n")
+    copy.env["PATH"] = os.pathsep.join([str(venv / "bin"), copy.env["PATH"]])
+
+
+def commit(copy: Copy, message: str) -> None:
+    copy.run("git", "commit", "--quiet", "--all", "--message", message)
+
+
+def run_block(copy: Copy, block: Block) -> None:
+    """Run a block of a document as a reader would who pastes it into a shell; fail with what it printed."""
+    shell = ["bash", "-eu", "-o", "pipefail", "-c", block.text]
+    command = shell if block.language == "bash" else ["python", "-c", block.text]
+    done = subprocess.run(
+        command,
+        cwd=copy.path,
+        env=copy.env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, f"{block.where} ended with {done.returncode}:\n{block.text}\n{done.stdout[-5000:]}"
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if runnable(path)], ids=lambda path: path.relative_to(path.parents[1]).name
+)
+def test_commands_of_the_documents_work(
+    document: Path, runs: Runs, tmp_path: Path, user_env: Callable[[Path], dict[str, str]]
+) -> None:
+    """From top to bottom, at scale smoke, where the pipeline has run; what is not run says why (tests/documents.py)."""
+    path = tmp_path / "repository"
+    shutil.copytree(runs.snakemake.path, path, symlinks=True)
+    copy = Copy(path, user_env(path))
+    activate(copy)
+    copy.run("git", "checkout", "--quiet", "params.yaml")
+    copy.use_scale("smoke")
+    commit(copy, "Scale smoke")
+    for block in runnable(document):
+        run_block(copy, block)
+
+
+def test_mlflows_interface_opens_as_the_documents_say(runs: Runs) -> None:
+    lines = {
+        line.strip()
+        for document in DOCUMENTS
+        for block in blocks(document)
+        for line in block.text.splitlines()
+        if line.startswith("mlflow ui")
+    }
+    (line,) = lines
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = runs.snakemake.path.parent / "mlflow.log"
+    with log.open("wb") as file:
+        server = runs.snakemake.start([*line.split(), "--port", str(port)], file)
+    deadline = time.monotonic() + 120
+    try:
+        while True:
+            assert server.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert b"<html" in answer.read().lower()
+                    break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+    finally:
+        runs.snakemake.kill_everything()
+        server.wait()
