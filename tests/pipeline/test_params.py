@@ -207,6 +207,16 @@ def test_the_first_fault_is_named(write: Write, pattern: str, replacement: str, 
     assert words in text, text
 
 
+def test_a_classifier_without_labels_is_refused() -> None:
+    """Before anything is trained."""
+    data = pixel_slot("digits", 8)
+    slot = data["scales"]["demo"]["slots"]["pixel_cond"]
+    slot["dataset"]["labels"] = 0
+    slot["teacher"]["label_dropout"] = 0.0
+    with pytest.raises(ParamsError, match=r"pixel_cond\.features: needs labels to learn from"):
+        validate(data)
+
+
 @pytest.mark.parametrize(
     ("source", "side"), [("digits", 4), ("digits", 8), ("mnist5k", 4), ("mnist5k", 8), ("mnist5k", 16)]
 )
