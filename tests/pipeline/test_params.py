@@ -212,7 +212,9 @@ def test_a_classifier_without_labels_is_refused() -> None:
     data = pixel_slot("digits", 8)
     slot = data["scales"]["demo"]["slots"]["pixel_cond"]
     slot["dataset"]["labels"] = 0
-    slot["teacher"]["label_dropout"] = 0.0
+    slot["teacher"] = {**slot["teacher"], "label_dropout": 0.0}
+    slot["evaluation"] = {**slot["evaluation"], "guidance": [1.0]}
+    slot["students"] = {name: {**student, "guidance": None} for name, student in slot["students"].items()}
     with pytest.raises(ParamsError, match=r"pixel_cond\.features: needs labels to learn from"):
         validate(data)
 
