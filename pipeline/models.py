@@ -107,6 +107,8 @@ class Slot(Model):
         if (self.features is not None) != ("classifier" in self.evaluation.spaces):
             what = "must be given if evaluation.spaces names the classifier, and only then"
             raise problem("features", what)
+        if self.features and self.dataset.source == "images" and not self.dataset.labels:  # others only hide theirs
+            raise problem("features", "needs labels to learn from: give dataset.labels, or measure in other spaces")
         if self.features and (side < FEATURES_RESOLUTION or side & (side - 1)):
             what = f"a power of two of at least {FEATURES_RESOLUTION} for the classifier that makes the features"
             raise problem("dataset.resolution", f"must be {what}, got {side}")

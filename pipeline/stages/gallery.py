@@ -9,7 +9,8 @@ from pipeline.context import Context
 from pipeline.generation import noise_of, samples, student_of_job
 from pipeline.grids import save_grid
 from pipeline.modelling import MODEL, Decoder
-from pipeline.page import TEACHER, grid_shape, shown_models
+from pipeline.page import grid_shape, shown_models
+from pipeline.students import TEACHER
 from pipeline.webpage.pictures import INDEX
 from scm_core.nn.build import load_model
 from scm_core.train.distributed import own_device

@@ -233,6 +233,18 @@ def test_the_first_fault_is_named(write: Write, pattern: str, replacement: str, 
     assert words in text, text
 
 
+def test_a_classifier_without_labels_is_refused() -> None:
+    """Before anything is trained; a data set that comes with labels only hides them from the networks."""
+    data = pixel_slot("images", 8)
+    slot = data["scales"]["demo"]["slots"]["pixel_cond"]
+    slot["dataset"] |= {"labels": 0, "path": "data/mine"}
+    slot["teacher"] = {**slot["teacher"], "label_dropout": 0.0}
+    slot["evaluation"] = {**slot["evaluation"], "guidance": [1.0]}
+    slot["students"] = {name: {**student, "guidance": None} for name, student in slot["students"].items()}
+    with pytest.raises(ParamsError, match=r"pixel_cond\.features: needs labels to learn from"):
+        validate(data)
+
+
 @pytest.mark.parametrize(
     ("source", "side"), [("digits", 4), ("digits", 8), ("mnist5k", 4), ("mnist5k", 8), ("mnist5k", 16)]
 )

@@ -5,25 +5,41 @@ Two copies of the repository are run once, side by side, and every test below lo
 
 - `snakemake`: everything is killed (SIGKILL) in the middle of the training of teacher M, then the same command is given again;
 - `dvc`: `dvc repro`, uninterrupted.
+
+A third copy, made of the first when it is there, is where the commands of the documents are run.
 """
 
 import csv
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
+import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import pytest
 from PIL import Image
 
 from pipeline.webpage.render import without_records
+from tests.documents import DOCUMENTS, blocks, runnable
 from tests.pipeline.pages import Page
+from tests.workflow.copies import (
+    LIMIT_S,
+    RESULTS,
+    SNAKEMAKE,
+    TABLES,
+    TEACHER,
+    Copy,
+    Runs,
+    activate,
+    commit,
+    finish,
+    kill_in_the_middle_of_teacher_training,
+    run_block,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -43,132 +59,6 @@ COLUMNS = [
     "seeds",
     "citation",
 ]
-TABLES = [f"table{name}" for name in (*range(1, 8), "E3")]
-WITH_NUMBERS = [f"figure{number}" for number in (1, 3, 4, 5, 6, 7)]
-RESULTS = [
-    *(f"reports/{name}.{kind}" for name in (*TABLES, "claims") for kind in ("csv", "md", "tex")),
-    *(f"reports/figure{number}.{kind}" for number in range(1, 14) for kind in ("png", "pdf")),
-    *(f"reports/{name}.csv" for name in (*WITH_NUMBERS, "evaluations")),
-    "reports/report.html",
-]
-SNAKEMAKE = ["snakemake", "--profile", "cluster/local", "--config", "scale=smoke"]
-TEACHER = Path("runs/smoke/latent_guided/teacher/M")
-WORK = Path("runs/smoke/.work/teacher-latent_guided-M/work")
-LIMIT_S = 2400  # for one run of the whole pipeline, on two cores shared with the other; five minutes alone
-
-
-class Copy(NamedTuple):
-    """A copy of the repository and the environment its commands run in."""
-
-    path: Path
-    env: dict[str, str]
-
-    def start(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Starts a command in the repository, with its output in a file."""
-        return subprocess.Popen(command, cwd=self.path, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def run(self, *command: str, timeout: float = 600) -> str:
-        """Runs a command, requires success, returns what it printed."""
-        done = subprocess.run(
-            command,
-            cwd=self.path,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout + ("" if "dvc" in command and "pipeline" in command else done.stderr)
-
-    def processes(self) -> list[int]:
-        """Every process whose working directory lies in this copy."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    cwd = Path(os.readlink(entry / "cwd"))
-                except OSError:  # it has ended
-                    continue
-                if cwd.is_relative_to(self.path):
-                    found.append(int(entry.name))
-        return found
-
-    def kill_everything(self) -> None:
-        """SIGKILL to every process of this copy, until there is none."""
-        deadline = time.monotonic() + 30
-        while pids := [pid for pid in self.processes() if not _ended(pid)]:
-            assert time.monotonic() < deadline, f"still running: {pids}"
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            time.sleep(0.05)
-
-    def use_scale(self, scale: str) -> None:
-        """Sets the scale on top of params.yaml, and makes dvc.yaml for it."""
-        text = (self.path / "params.yaml").read_text()
-        changed, count = re.subn(r"^scale: \w+", f"scale: {scale}", text, flags=re.MULTILINE)
-        assert count == 1, "params.yaml: expected one line `scale: …`"
-        (self.path / "params.yaml").write_text(changed)
-        (self.path / "dvc.yaml").write_text(self.run("python", "-m", "pipeline", "dvc"))
-
-    def files(self, folder: Path) -> dict[str, bytes]:
-        """The contents of a folder, without the engines' own marks (.snakemake_timestamp)."""
-        return {
-            p.relative_to(self.path).as_posix(): p.read_bytes()
-            for p in sorted((self.path / folder).rglob("*"))
-            if p.is_file() and not p.name.startswith(".")
-        }
-
-    def times(self) -> dict[str, int]:
-        """When each published file was last written."""
-        outputs = [p for p in (self.path / "runs/smoke").rglob("*") if p.is_file() and not _is_working_file(p)]
-        return {str(p): p.stat().st_mtime_ns for p in [*outputs, *(self.path / name for name in RESULTS)]}
-
-
-class Runs(NamedTuple):
-    """Both copies after their runs, and what the second `snakemake` command printed."""
-
-    snakemake: Copy
-    dvc: Copy
-    resumed_output: str
-
-
-def _ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def _is_working_file(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts[path.parts.index("smoke") :])
-
-
-def _finish(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str:
-    try:
-        code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"not done in time; last lines:\n{log.read_text()[-3000:]}")
-    text = log.read_text()
-    assert code == 0, f"ended with {code}; last lines:\n{text[-3000:]}"
-    return text
-
-
-def _kill_in_the_middle_of_teacher_training(copy: Copy, log: Path, deadline: float) -> None:
-    with log.open("wb") as file:
-        process = copy.start(SNAKEMAKE, file)
-        while not any((copy.path / WORK).rglob("latest")):  # the pointer that a checkpoint gets last
-            assert process.poll() is None, f"ended before a checkpoint of the teacher:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"no checkpoint of the teacher in time:\n{log.read_text()[-3000:]}"
-            time.sleep(0.02)
-        copy.kill_everything()
-        process.wait()
-    assert not (copy.path / TEACHER).exists(), (
-        "the teacher was published before the kill: smoke trains too briefly for this test"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +76,9 @@ def runs(
     try:
         with (folder / "dvc.log").open("wb") as dvc_log, (folder / "resumed.log").open("wb") as resumed_log:
             dvc_process = dvc.start(["dvc", "repro"], dvc_log)
-            _kill_in_the_middle_of_teacher_training(snakemake, folder / "killed.log", deadline)
-            resumed = _finish(snakemake.start(SNAKEMAKE, resumed_log), folder / "resumed.log", deadline)
-            _finish(dvc_process, folder / "dvc.log", deadline)
+            kill_in_the_middle_of_teacher_training(snakemake, folder / "killed.log", deadline)
+            resumed = finish(snakemake.start(SNAKEMAKE, resumed_log), folder / "resumed.log", deadline)
+            finish(dvc_process, folder / "dvc.log", deadline)
     finally:
         for copy in copies:
             copy.kill_everything()
@@ -433,3 +323,52 @@ def test_an_input_made_again_by_hand_and_sync_leave_the_engines_nothing_to_do_be
     assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2", "report"}
     assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry"))[0] == "figure2"
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if runnable(path)], ids=lambda path: path.relative_to(path.parents[1]).name
+)
+def test_commands_of_the_documents_work(
+    document: Path, runs: Runs, tmp_path: Path, user_env: Callable[[Path], dict[str, str]]
+) -> None:
+    """From top to bottom, at scale smoke, where the pipeline has run; what is not run says why (tests/documents.py)."""
+    path = tmp_path / "repository"
+    shutil.copytree(runs.snakemake.path, path, symlinks=True)
+    copy = Copy(path, user_env(path))
+    activate(copy)
+    copy.run("git", "checkout", "--quiet", "params.yaml")
+    copy.use_scale("smoke")
+    commit(copy, "Scale smoke")
+    for block in runnable(document):
+        run_block(copy, block)
+
+
+def test_mlflows_interface_opens_as_the_documents_say(runs: Runs) -> None:
+    lines = {
+        line.strip()
+        for document in DOCUMENTS
+        for block in blocks(document)
+        for line in block.text.splitlines()
+        if line.startswith("mlflow ui")
+    }
+    (line,) = lines
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = runs.snakemake.path.parent / "mlflow.log"
+    with log.open("wb") as file:
+        server = runs.snakemake.start([*line.split(), "--port", str(port)], file)
+    deadline = time.monotonic() + 120
+    try:
+        while True:
+            assert server.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert b"<html" in answer.read().lower()
+                    break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+    finally:
+        runs.snakemake.kill_everything()
+        server.wait()
