@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints one line for each check; exit status 1 when something that is needed is missing."""
     parser = Parser(prog="python -m pipeline doctor", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="compare versions and sizes only: import nothing, read no large file"
+        "--quick", action="store_true", help="compare versions and sizes only: try no package, read no large file"
     )
     parser.add_argument("--scale", help="of params.yaml, whose weights files are looked for (default: the active one)")
     parser.add_argument(
@@ -78,8 +78,7 @@ def checks(quick: bool, scale: str | None) -> Iterator[Check]:
     yield from tools()
     yield from folders()
     yield from guarded("parameters", lambda: [parameters()])
-    yield from guarded("weights", lambda: weights(quick, scale))
-    yield from guarded("imported teachers", lambda: imported_teachers(quick, scale))
+    yield from guarded("inputs", lambda: inputs(quick, scale))
     yield from guarded("tracking store", lambda: [tracking()])
 
 
@@ -221,60 +220,11 @@ def parameters() -> Check:
     return Check("parameters", True, f"{PARAMS_FILE}, scales {', '.join(params.scales)}, active {params.scale}")
 
 
-def weights(quick: bool, scale: str | None) -> Iterator[Check]:
-    """The published weights files that the feature spaces of a scale need: there, and the right bytes (`quick`: the right size)."""
-    from pipeline.files import sha256_file
-    from pipeline.params import PARAMS_FILE, load
-    from pipeline.spaces import SPACES
-    from scm_core.published import WEIGHTS, WEIGHTS_HOME
+def inputs(quick: bool, scale: str | None) -> Iterator[Check]:
+    """The files of others that a scale starts from."""
+    from pipeline import doctorfiles
 
-    params = load(paths.root() / PARAMS_FILE, scale)
-    slots = params.scales[params.scale].slots.values()
-    for space in dict.fromkeys(space for slot in slots for space in slot.evaluation.spaces):
-        known = WEIGHTS.get(SPACES[space].extractor)
-        if known is None:
-            continue
-        path = WEIGHTS_HOME.folder / known.file
-        what, source = f"weights of {space}", f"{known.urls[0]} ({known.size / 1e6:.0f} MB, SHA-256 {known.sha256})"
-        if not path.is_file():
-            remedy = (
-                f"put {known.file} there, from {source}; or name the folder that has it in {WEIGHTS_HOME.variable}; where there is "
-                "internet the first job that needs it fetches it"
-            )
-            yield Check(what, False, f"{path} is not there", remedy)
-            continue
-        size = path.stat().st_size
-        right = size == known.size and (quick or sha256_file(path) == known.sha256)
-        wrong = "damaged or another file" if size == known.size else f"{size} bytes, {known.size} expected"
-        yield Check(
-            what, right, f"{path}{'' if right else f': {wrong}'}", f"remove it and put the one from {source} there"
-        )
-
-
-def imported_teachers(quick: bool, scale: str | None) -> Iterator[Check]:
-    """The files that teachers of a scale are imported from: there, and the right bytes (`quick`: there)."""
-    from pipeline.files import sha256_file
-    from pipeline.params import PARAMS_FILE, load
-    from scm_core.published import locate
-
-    params = load(paths.root() / PARAMS_FILE, scale)
-    for slot in params.active.slots.values():
-        for size in slot.sizes.values():
-            if size.imported is None:
-                continue
-            what = f"teacher {size.imported.file}"
-            try:
-                path = locate(size.imported.file, paths.root())
-            except FileNotFoundError as error:
-                yield Check(what, False, "not there", str(error))
-                continue
-            if path.is_dir():  # of diffusers: the stage finds the weights in it
-                yield Check(what, True, str(path))
-                continue
-            right = quick or sha256_file(path) == size.imported.sha256
-            yield Check(
-                what, right, f"{path}{'' if right else ': another digest'}", "give the right file, or its sha256"
-            )
+    yield from doctorfiles.checks(quick, scale)
 
 
 def tracking() -> Check:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from pipeline import __main__, manifest, registry
-from pipeline.doctor import imported_teachers
+from pipeline.doctorfiles import checks
 from pipeline.errors import PipelineError
 from pipeline.importing import fault
 from pipeline.networks import Network
@@ -245,7 +245,11 @@ def test_the_doctor_looks_for_the_file(repository: Path, weights: Path) -> None:
     """There, with the right bytes; else what to do."""
 
     def said(quick: bool) -> list[tuple[bool, str]]:
-        return [(check.ok, f"{check.detail} {check.remedy}") for check in imported_teachers(quick, None)]
+        return [
+            (check.ok, f"{check.detail} {check.remedy}")
+            for check in checks(quick, None)
+            if check.what.startswith("teacher ")
+        ]
 
     assert said(quick=False)[0][0]
     (weights / "edm-digits.pkl").write_bytes(b"x")

@@ -214,8 +214,10 @@ def test_a_restarted_job_outlives_the_lock_of_its_dead_node(cluster: Any) -> Non
         os.kill(holder, 9)
     holder = os.fork()
     if holder == 0:
-        files.Lock(lock).acquire()
+        held = files.Lock(lock)
+        held.acquire()
         time.sleep(60)
+        os._exit(0)
     while not files.is_locked(lock):
         time.sleep(0.1)
     if RESTARTS == "1":
