@@ -3,7 +3,7 @@
 
 Time is model FLOPs over a rate: of one CPU thread, measured on the demo, or of the GPUs that the scale's section `hardware` names, at the
 utilisation that it assumes. `python -m pipeline plan` prefers the times of finished runs. Metrics after the features are not counted:
-they take minutes where sampling takes hours. On a cluster the profile's `set-resources` replaces the limits.
+they take minutes where sampling takes hours. A site that lets jobs run shorter says so in the section `hardware`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ them to those that `torchrun` would set (`scm_core.train.distributed` reads thes
 
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -199,6 +200,9 @@ def first_failure(job: paths.JobName) -> str | None:
     if ended is None or (cleared is not None and cleared.start() < ended.start()):
         return None
     node, tasks, how = ended.groups()
+    status = re.fullmatch(r"Exited with exit code (\d+)", how)
+    if status is not None and int(status[1]) > 128:  # a shell around it has seen the signal
+        how = signal.strsignal(int(status[1]) - 128) or how
     log = f" (log: {paths.relative(paths.log_file(job, int(tasks)))})" if tasks.isdigit() and int(tasks) else ""
     return f"process {tasks} on {node} died: {how}{log}"
 

@@ -181,13 +181,15 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (START.format(0), None),
         (START.format(0) + DEATH, "process 3 on n2 died: Killed (log: runs/tiny/.logs/teacher-S.rank-3.log)"),
+        (START.format(0) + "srun: error: n1: task 0: Exited with exit code 137\n", "process 0 on n1 died: Killed"),
+        (START.format(0) + "srun: error: n1: task 0: Exited with exit code 9\n", "process 0 on n1 died: Exited with exit code 9"),
         (START.format(0) + "srun: error: n[1-2]: tasks 0-3: Out Of Memory\n", "process 0-3 on n[1-2] died: Out Of Memory"),
         (START.format(0) + NODE_FAILURE, None),  # SLURM will start it again
         (START.format(0) + REQUEUE, None),
         (START.format(0) + DEATH + START.format(1), None),  # of an earlier start
         (START.format(0) + NODE_FAILURE + START.format(1) + FIRST_DIES, "process 0 on n1 died: Killed"),
     ],
-    ids=["nothing", "killed", "memory", "node failure", "requeue", "an earlier death", "after a node failure"],
+    ids=["nothing", "killed", "killed in a shell", "ended", "memory", "node failure", "requeue", "an earlier death", "after a failure"],
 )  # fmt: skip
 def test_srun_says_who_died(submitted: Path, said: str, found: str | None) -> None:
     (submitted / "17_0_log.out").write_text(said)

@@ -4,7 +4,6 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -13,7 +12,7 @@ from tests.pipeline.conftest import HERE
 from tests.slurm.fakes import MANY, ClusterRepo
 
 POLL_S = 15.0  # the default
-WATCHED_S = 50.0
+WATCHED_S = 35.0
 # Waiters are to be as heavy as with the real parameters, which the fake stages do not need.
 REAL = """
 import pipeline.real_params
@@ -30,7 +29,7 @@ def make_heavy(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_waiters(cluster_repo: ClusterRepo, tmp_path: Path, record_property: Any) -> None:
+def test_two_hundred_waiters(cluster_repo: ClusterRepo, tmp_path: Path) -> None:
     repo, slurm, log = cluster_repo, cluster_repo.slurm, tmp_path / "log"
     make_heavy(repo.root)
     queries = repo.count_queries()
@@ -38,29 +37,24 @@ def test_two_hundred_waiters(cluster_repo: ClusterRepo, tmp_path: Path, record_p
     try:
         began = time.time()
         engine = repo.snakemake(log, *(f"many/{n}" for n in range(MANY)), SCM_SLURM_POLL=str(POLL_S))
-        slurm.wait_for(lambda: len(repo.jobs()) == MANY, seconds=300)
+        # A minute, if the machine has nothing else to do.
+        slurm.wait_for(lambda: len(repo.jobs()) == MANY, seconds=1200)
         started = time.time() - began
         time.sleep(WATCHED_S)
         used = [psutil.Process(pid).memory_full_info() for pid in repo.waiters()]
         asked = len(queries.read_text().split())
         passed = time.time() - began
+        repo.kill_all(engine)
+        assert len(repo.jobs()) == MANY
     finally:
+        slurm("scancel", "-u", slurm("id", "-un"))
         slurm("scontrol", "update", "nodename=n1,n2", "state=resume")
-    assert engine.wait(300) == 0, log.read_text()[-3000:]
     assert len(used) == MANY
-    assert asked <= passed / POLL_S + 1
+    assert 1 < asked <= passed / POLL_S + 1
     assert max(memory.uss for memory in used) <= 40e6
-    assert len(repo.jobs()) == MANY
-    assert {(repo.root / f"runs/tiny/many/{n}/result").read_text() for n in range(MANY)} == {
-        str(n) for n in range(MANY)
-    }
-    mean = sum(memory.pss for memory in used) / MANY
-    record_property("seconds until 200 are submitted", round(started, 1))
-    record_property(
-        "MB of a waiter: PSS on average, largest private",
-        (round(mean / 1e6, 1), round(max(m.uss for m in used) / 1e6, 1)),
-    )
-    record_property("queries, seconds", (asked, round(passed)))
+    mean, most = sum(memory.pss for memory in used) / MANY / 1e6, max(memory.uss for memory in used) / 1e6
+    print(f"{MANY} waiters: submitted in {started:.0f} s, {asked} looks in {passed:.0f} s")
+    print(f"{mean:.1f} MB each (PSS; at most {most:.1f} MB private)")
 
 
 def test_an_array_of_jobs_is_attached_to(cluster_repo: ClusterRepo, tmp_path: Path) -> None:
