@@ -77,8 +77,9 @@ def named_commands(document: Path) -> list[list[str]]:
     """The commands of a document, run or not, in blocks and in its prose; those with … or <…> in them are patterns."""
     scripts = [block.text for block in blocks(document) if block.language == "bash"]
     inline = [span for span in spans(document) if span.split()[0] in PROGRAMS and len(span.split()) > 1]
-    # in prose, `python -m pipeline import` is the command's name
+    # in prose, `python -m pipeline import` is the command's name, and `dvc plots` that of several
     inline = [f"{span} --help" if re.fullmatch(r"python -m pipeline \w+", span) else span for span in inline]
+    inline = [f"{span} show" if re.fullmatch(r"dvc (metrics|plots)", span) else span for span in inline]
     patterns = re.compile(r"…|<\w+>")
     return [words for script in [*scripts, *inline] if not patterns.search(script) for words in commands(script)]
 
