@@ -3,9 +3,16 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.provenance import processor
+
+__all__ = ["RESULTS", "arguments_of", "measure", "processor", "write"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
