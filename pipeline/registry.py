@@ -56,10 +56,13 @@ def parents(job: Job, among: Iterable[Job]) -> list[Job]:
 
 
 def ends(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs whose outputs no other of them reads: who wants these wants them all."""
+    """The jobs whose outputs no other of them reads, and all reports: who wants these wants them all.
+
+    Reports that another one reads are named, too, because Snakemake does not miss a file that only a finished job has read.
+    """
     everything = list(jobs)
     read = {path for job in everything for path in job.inputs.values()}
-    return [job for job in everything if not read & set(job.outputs)]
+    return [job for job in everything if job.is_report or not read & set(job.outputs)]
 
 
 def critical_path(jobs: Iterable[Job]) -> dict[str, float]:
