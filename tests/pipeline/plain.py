@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.params import _Yaml12
+from pipeline.reading import _Yaml12
 
 ROOT = Path(__file__).resolve().parents[2]
 
