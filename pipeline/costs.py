@@ -12,10 +12,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from pipeline.autoencoders import PretrainedVae
 from pipeline.params import Scale, Slot
+from pipeline.passes import STUDENTS, TEACHER
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
@@ -38,36 +38,6 @@ ENCODER_FLOPS, DECODER_FLOPS = 1.117e12 / 512**2, 2.515e12 / 512**2
 KEPT = 3  # checkpoints on disk while another one is written
 MB = 1024**2
 REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
-
-
-class Passes(NamedTuple):
-    """Forward passes of the network that one item of a training step costs; a backward pass counts as two."""
-
-    trained: int
-    """Through networks that are trained, with a tangent counted as another; gradient checkpointing does them twice."""
-    backward: int
-    frozen: int
-    """Without gradients."""
-    guided: int = 0
-    """More where the teacher is guided."""
-
-    def total(self, guided: bool, checkpointing: bool) -> int:
-        """All of them."""
-        return self.trained * (1 + checkpointing) + self.backward + self.frozen + guided * self.guided
-
-
-TEACHER = Passes(1, 2, 0)
-_VSD = Passes(2, 4, 3, 1)  # the generator and F_φ; the teacher, F_φ, the samples that F_φ learns from
-STUDENTS = {
-    "sct": Passes(2, 2, 0),
-    "scd": (scd := Passes(2, 2, 1, 1)),
-    "dsct": Passes(1, 2, 1),
-    "dscd": Passes(1, 2, 2, 1),
-    "multistep": scd,
-    "vsd": _VSD,
-    "scd_vsd": Passes(*(a + b for a, b in zip(scd, _VSD, strict=True))),
-    "ect": Passes(1, 2, 1),
-}
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,8 @@ def test_processes_are_laid_out_on_nodes(write: Write, section: str, key: str | 
 
 
 def test_an_evaluation_runs_on_one_node(write: Write) -> None:
-    text = edit(r"^    slots:", f"    {HARDWARE}\n    slots:").replace(
-        "evaluation:\n", "evaluation:\n          processes: 16\n", 1
-    )
+    text = edit(r"^    slots:", f"    {HARDWARE}\n    slots:")
+    text = edit(r"(evaluation:[^\n]*\n)", r"\1          processes: 16\n", text)
     words = "must be at most hardware.gpus_per_node (8), as this job runs on one node, got 16"
     assert sentence(write(text)) == f"params.yaml: {SLOT}.evaluation.processes: {words}"
 
