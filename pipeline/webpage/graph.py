@@ -46,8 +46,9 @@ class Node:
 def nodes(jobs: Sequence[Job]) -> list[Node]:
     """The stages of jobs in topological order, with what they read and no other edge implies."""
     reads: dict[str, set[str]] = {}
-    for job in jobs:
-        reads.setdefault(job.stage, set()).update(parent.stage for parent in registry.parents(job, jobs))
+    for job in jobs:  # a student that starts as another one reads its own stage: not drawn
+        above = {parent.stage for parent in registry.parents(job, jobs)} - {job.stage}
+        reads.setdefault(job.stage, set()).update(above)
     far: dict[str, set[str]] = {}
     for stage, above in reads.items():
         far[stage] = above.union(*(far[other] for other in above))
