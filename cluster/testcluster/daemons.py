@@ -96,12 +96,14 @@ def end(processes: Iterable[psutil.Process], seconds: float = 10) -> None:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL, at once."""
-    for process in processes:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+    """SIGKILL, at once: all are stopped first, so that none sees another die and tells of it."""
+    processes = list(processes)
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            try:
+                process.send_signal(signum)
+            except psutil.NoSuchProcess:
+                continue
 
 
 def of_node(cluster: Cluster, name: str) -> list[psutil.Process]:
@@ -119,7 +121,15 @@ def of_node(cluster: Cluster, name: str) -> list[psutil.Process]:
             found |= {one.pid: one for one in (process, *parents, *process.children(recursive=True))}
         except psutil.Error:  # it has ended, or belongs to somebody else
             continue
-    return list(found.values())
+    # What would tell the controller of the others' deaths comes first.
+    return sorted(found.values(), key=_is_task)
+
+
+def _is_task(process: psutil.Process) -> bool:
+    try:
+        return not process.name().startswith("slurm")
+    except psutil.NoSuchProcess:
+        return True
 
 
 def start_controller(cluster: Cluster) -> None:
