@@ -98,7 +98,8 @@ def end(processes: Iterable[psutil.Process], seconds: float = 10) -> None:
 
 def kill(processes: Iterable[psutil.Process]) -> None:
     """SIGKILL, at once, and without last words: SLURM's daemons are stopped before their tasks die, so that none tells of it."""
-    daemons, tasks = [], []
+    daemons: list[psutil.Process] = []
+    tasks: list[psutil.Process] = []
     for process in processes:
         try:
             (daemons if process.name().startswith(("slurmd", "slurmstepd")) else tasks).append(process)
