@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline import paths
 from pipeline.errors import PipelineError, suggestion
 from pipeline.files import Lock, read_json, sha256_text, user, write_json
+from pipeline.scheduler import passes
 from pipeline.site import SITE, Site
 
 if TYPE_CHECKING:
@@ -30,13 +31,12 @@ if TYPE_CHECKING:
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel")
 KNOWN_S = 600.0  # an accepted request is not tried again for so long, whoever asks
 TIMEOUT_S = 60.0
-SILENT = ("unable to contact", "socket timed out", "connection refused", "zero bytes were transmitted")
 # What submitit makes of a request besides options of sbatch.
 NO_OPTIONS = {"setup", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters", "python"}
 
 
 class NoAnswerError(PipelineError):
-    """The scheduler is away; submitting may still succeed, later."""
+    """The scheduler is away, or takes no job now; submitting may still succeed, later."""
 
 
 def check(site: Site, jobs: Iterable[Job]) -> None:
@@ -266,7 +266,7 @@ def ask(command: list[str], script: str = "") -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Try ")] or [
         f"{command[0]} ended with {done.returncode}"
     ]
-    if any(word in done.stderr.lower() for word in SILENT):
+    if passes(done.stderr):
         raise NoAnswerError(f"{command[0]}: {_words(lines[-1])}; try again when the scheduler is back")
     raise PipelineError(_words(lines[-1]))
 

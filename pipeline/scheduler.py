@@ -28,6 +28,29 @@ FORGET_S = 86400.0
 ANSWER_S = 30.0
 
 
+# SLURM's words for what passes: the controller is away or busy, or the user has as many jobs in the queue as are allowed.
+PASSES = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Zero Bytes were transmitted",
+    "Connection refused",
+    "Connection reset",
+    "Connection timed out",
+    "Communication connection failure",
+    "Transport endpoint is not connected",
+    "Resource temporarily unavailable",
+    "temporarily unable to accept job",
+    "backup controller in standby",
+    "MaxSubmitJob",
+    "job submit limit",
+)
+
+
+def passes(words: str) -> bool:
+    """Whether SLURM's refusal is one for now."""
+    return any(known.lower() in words.lower() for known in PASSES)
+
+
 def query_s() -> float:
     """Seconds between two looks at the queue, of all waiters together."""
     text = os.environ.get("SCM_SLURM_POLL") or "15"

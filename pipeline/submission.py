@@ -20,6 +20,7 @@ from pipeline import attempts, paths, preflight, publish, site, unfinished
 from pipeline.backends import prepare, submit_folder
 from pipeline.errors import NotYetError, PipelineError
 from pipeline.files import Lock, write_json
+from pipeline.scheduler import passes
 
 if TYPE_CHECKING:
     from pipeline.entry import JobEntry
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
     from pipeline.params import Params
     from pipeline.registry import Job
 
-# sbatch's words for what passes: the controller is away or busy, or the user has as many jobs in the queue as are allowed.
-PASSES = (
-    "Unable to contact slurm controller",
-    "Socket timed out",
-    "Zero Bytes were transmitted",
-    "Connection refused",
-    "Connection reset",
-    "Connection timed out",
-    "Communication connection failure",
-    "Transport endpoint is not connected",
-    "Resource temporarily unavailable",
-    "temporarily unable to accept job",
-    "backup controller in standby",
-    "MaxSubmitJob",
-    "job submit limit",
-)
 # As in `backends`, but a file for each start and each task of the job, and none of an earlier start.
 ID = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
 WITNESS = (
@@ -125,7 +110,7 @@ def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | 
             submitted = executor.submit_array(work)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         words = said(str(error))
-        if any(word in words for word in PASSES):
+        if passes(words):
             raise NotYetError(words) from error
         raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {site.SITE}") from error
     asked = {"minutes": wanted["time"], "memory": wanted.get("mem"), "folder": paths.relative(folder)}

