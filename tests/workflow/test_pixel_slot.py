@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from pipeline.modelling import MODEL
+from pipeline.reading import read_yaml
 from scm_core.nn.build import load_model
-from tests.pipeline.plain import plain
+from tests.pipeline.plain import ROOT, plain
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +25,10 @@ def pixel_slot(params: dict[str, Any]) -> None:
     slots = params["scales"]["smoke"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
     slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}
-    # one more student, which is sampled in segments
-    scd = slot["students"]["scd"]
-    slot["students"] = {**slot["students"], "scd_m4": {**scd, "method": "multistep", "segments": 4}}
+    # two more students: one that is sampled in segments, one that starts as another
+    scd, whole = slot["students"]["scd"], read_yaml(ROOT / "params.yaml")["scales"]["smoke"]["slots"]["latent_guided"]
+    more = {"scd_m4": {**scd, "method": "multistep", "segments": 4}, "scd_vsd": whole["students"]["scd_vsd"]}
+    slot["students"] = {**slot["students"], **more}
     slot["sizes"] = {"S": {**slot["sizes"]["S"], "students": {name: {} for name in slot["students"]}}}
     slots["pixel_cond"] = slot
 
