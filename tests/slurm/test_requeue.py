@@ -5,6 +5,7 @@ All copies of the repository train the same teacher at scale smoke, side by side
 """
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ TEACHER = "runs/smoke/latent_guided/teacher/S"
 NAME = "teacher-latent_guided-S"
 COMMAND = ("teacher", "scale=smoke", "slot=latent_guided", "size=S")
 KINDS = ("node", "preempted", "requeued", "timed-out")
-LIMIT_S = 600.0
+LIMIT_S = 1200.0
 
 
 class Copy:
@@ -46,9 +47,9 @@ class Copy:
             command = [sys.executable, "-m", "pipeline", "run", *COMMAND, "--launcher", launcher]
             self.waiter = subprocess.Popen(command, cwd=self.path, env=self.env, stdout=log, stderr=log)
 
-    @property
+    @functools.cached_property
     def job(self) -> str:
-        """Its number in SLURM."""
+        """Its number in SLURM; to be asked for while it runs."""
         return str(json.loads((self.path / f"runs/smoke/.work/{NAME}/ticket.json").read_text())["job_id"])
 
     def checkpoints(self) -> int:
@@ -60,6 +61,7 @@ class Copy:
         """Waits for another checkpoint."""
         before = self.checkpoints()
         self.slurm.wait_for(lambda: self.checkpoints() > before, seconds=seconds)
+        assert self.job  # now that it runs
 
     def restarts(self) -> int:
         """How often SLURM has started the job again."""
@@ -80,7 +82,7 @@ def trained(
     text = (base / "params.yaml").read_text()
     start = text.index("  smoke:\n")
     place = text.index("teacher:", start)
-    own = re.sub(r"iterations: 60 ", "iterations: 600 ", text[place:], count=1)
+    own = re.sub(r"iterations: 60 ", "iterations: 5000 ", text[place:], count=1)  # long enough to be disturbed thrice
     (base / "params.yaml").write_text(text[:place] + own)
     more = {"SLURM_CONF": str(slurm.conf), "SCM_SLURM_POLL": "2"}
     for stage in ("dataset", "vae", "latents"):
@@ -118,8 +120,8 @@ def disturb(slurm: Any, copies: dict[str, Copy]) -> None:
     for kind in KINDS[1:]:
         copies[kind].further()
     slurm("sbatch", "-p", "urgent", "-w", "n2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    slurm.wait_for(lambda: copies["preempted"].restarts() == 1, seconds=120)
-    slurm.wait_for(lambda: copies["node"].restarts() == 1, seconds=120)
+    slurm.wait_for(lambda: copies["preempted"].restarts() >= 1, seconds=120)
+    slurm.wait_for(lambda: copies["node"].restarts() >= 1, seconds=120)
     slurm.tool("start-node", "n1")
     for kind in ("requeued", "timed-out"):
         copies[kind].further()
@@ -133,9 +135,9 @@ def disturb(slurm: Any, copies: dict[str, Copy]) -> None:
     slurm.wait_for(lambda: "held" in requeued.log.read_text())  # the look that all share has seen it
     (requeued.path / "status.txt").write_text(requeued.run("status", "--scale", "smoke"))
     slurm("scontrol", "release", requeued.job)
-    slurm.wait_for(lambda: timed.restarts() == 2, seconds=120)
+    slurm.wait_for(lambda: timed.restarts() >= 2, seconds=120)
     slurm("scontrol", "update", f"jobid={timed.job}", "TimeLimit=30")
-    slurm.wait_for(lambda: requeued.restarts() == before + 1)
+    slurm.wait_for(lambda: requeued.restarts() > before)
 
 
 def files(folder: Path) -> dict[str, bytes]:
