@@ -44,9 +44,6 @@ class Silent:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
-    def log_model(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Nothing."""
 

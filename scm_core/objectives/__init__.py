@@ -47,12 +47,11 @@ class Objective(Protocol):
 
 
 class Companion(NamedTuple):
-    """A network that is trained beside the student: itself, its weighting heads, its objective, its learning rate (None: the student's)."""
+    """A network that is trained beside the student: itself, its weighting heads, and its objective."""
 
     net: nn.Module
     heads: Mapping[str, nn.Module]
     objective: Objective
-    lr: float | None = None
 
 
 class Method(NamedTuple):
