@@ -94,7 +94,7 @@ def test_outside_the_repository(cli: Cli, tmp_path: Path) -> None:
     [
         (("watch", "--", "true"), "error: watch: runs/.logs: "),
         (("watch", "--", "./params.yaml"), "error: watch: ./params.yaml: cannot be run: Permission denied"),
-        (("trace", "runs/x.csv", "1"), "error: trace: runs/x.csv: Not a directory"),
+        (("trace", "runs/x.csv", "1"), "error: trace: runs/x.csv: a file is where a folder belongs"),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(
