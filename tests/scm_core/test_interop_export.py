@@ -196,7 +196,8 @@ def test_diffusers_scheduler_and_our_sampler_agree(name: str) -> None:
             output = SIGMA_DATA * net(x / SIGMA_DATA, t.expand(2))
             x = scheduler.step(output, t, x, generator=drawn, return_dict=False)[0]
         fresh = [SIGMA_DATA * torch.randn(z.shape, generator=again) for _ in times[1:]]
-        torch.testing.assert_close(x, sample_consistency(net, z, times, SIGMA_DATA, noise=fresh), rtol=1e-5, atol=1e-6)
+        # In float32, by different operations: how they round depends on the processor (1.6e-6 on one).
+        torch.testing.assert_close(x, sample_consistency(net, z, times, SIGMA_DATA, noise=fresh), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", CARRIED)
