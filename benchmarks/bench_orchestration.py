@@ -169,9 +169,8 @@ def main() -> None:
     chosen = [way for way in (options.ways or WAYS) if way not in missing]
     if "inline" not in chosen:
         parser.error("inline: must be among the ways, as the others are compared with it")
-    # Without a configuration that exists the program says nothing, and this one need not hold anything.
-    known = {**os.environ, "SLURM_CONF": os.devnull}
-    slurm = subprocess.run(["sinfo", "--version"], env=known, capture_output=True, text=True, check=True).stdout.strip()
+    daemon = shutil.which("slurmctld", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])) or "slurmctld"
+    slurm = subprocess.run([daemon, "-V"], capture_output=True, text=True, check=True).stdout.strip()
     report = {
         "cpu": processor(),
         "cores": os.cpu_count(),
