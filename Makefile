@@ -15,22 +15,26 @@ unexport PYTHONPATH PYTHONHOME
 
 # Files of tests that run at a time; each keeps to one thread and about 1 GB. On two cores three are faster: many tests wait for processes.
 WORKERS ?= 3
-RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png reports/evaluations.csv
+RESULTS := reports/table2.csv reports/table2.md reports/figure2.png reports/figure3.png reports/figure7.png
 
-.PHONY: help setup demo test lint format bench sync testcluster lock clean
+.PHONY: help setup demo reproduce test lint format docs bench sync check-results testcluster lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## create .venv and install everything, pinned (PYTHON=/path/to/python3.11 to choose one)
 
 $(STAMP): requirements.lock pyproject.toml
 	@tools/setup.sh
 
-demo: $(STAMP) ## train teachers and students on a small data set, draw Table 2 and Figure 2 (SCALE=smoke: a 2-minute version)
+demo: $(STAMP) ## train teachers and students on small data sets, make Table 2 and Figures 2, 3 and 7 (SCALE=smoke: in minutes, without meaning)
 	@$(RUN) python -m pipeline watch -- snakemake --profile cluster/local $(RESULTS) $(if $(SCALE),--config scale=$(SCALE))
 	@$(RUN) python tools/show_table.py reports/table2.csv
-	@printf '\n%s\n' "Table 2: reports/table2.md (and .csv)   samples: reports/figure2.png   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@printf '\n%s\n' "tables and figures: reports/   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db   everything else: make reproduce"
+
+reproduce: $(STAMP) ## every table and figure of the paper, the claims and reports/report.html, at SCALE
+	@$(RUN) python -m pipeline watch -- snakemake --profile cluster/local $(if $(SCALE),--config scale=$(SCALE))
+	@printf '\n%s\n' "everything on one page: reports/report.html   tables, figures, claims: reports/   runs: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 
 test: $(STAMP) ## all tests, the slow ones too (ARGS="-m 'not slow'" for the quick ones, WORKERS=0 for one process)
 	@$(RUN) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -44,11 +48,17 @@ format: $(STAMP) ## let ruff fix and format the code
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
 
+docs: $(STAMP) ## the documentation with an API reference, into build/docs
+	@$(RUN) python tools/docs.py
+
 bench: $(STAMP) ## every benchmark in benchmarks/
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) python "$$script"; done
 
 sync: $(STAMP) ## tell each engine (Snakemake, DVC) what the other has made
 	@$(RUN) python -m pipeline sync
+
+check-results: $(STAMP) ## compare what you ran with the committed results, within their error bars (at SCALE)
+	@$(RUN) python -m pipeline results check $(if $(SCALE),--scale $(SCALE))
 
 testcluster: $(STAMP) ## a real two-node SLURM on this machine, for development (ACCOUNTING=1: with sacct; it says how to use and stop it)
 	@$(RUN) python cluster/testcluster start $(if $(ACCOUNTING),--accounting)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The pipeline for Snakemake: one rule for each stage of pipeline/registry.py.
 #
-#   snakemake --profile cluster/local                          # reports/table2.csv, table2.md, figure2.png
+#   snakemake --profile cluster/local                          # every table and figure, the claims
 #   snakemake --profile cluster/local --config scale=smoke
 #   snakemake --profile cluster/slurm -n reports/table2.csv    # scale paper, jobs through SLURM
 #

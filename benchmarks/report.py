@@ -3,10 +3,16 @@
 
 import argparse
 import json
-import platform
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.provenance import processor
+
+__all__ = ["RESULTS", "arguments_of", "measure", "processor", "write"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -19,14 +25,6 @@ def arguments_of(parser: argparse.ArgumentParser, kind: str, names: Collection[s
         if name not in names:
             parser.error(f"{name}: expected some of {', '.join(names)}")
     return arguments
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure(

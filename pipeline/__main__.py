@@ -28,11 +28,12 @@ MODULES = {
     "evaluate": "measure trained models, or folders of PNG files",
     "compare": "two trained models or folders of PNG files, with each other and against the data",
     "export": "a trained model for others: safetensors or a pipeline of diffusers, with a model card",
+    "results": "collect the results that are committed, or compare a run with them",
     "doctor": "check the installation and say what is missing",
-    "watch": "run a command and show the progress of the jobs that it starts",
+    "watch": "a live table of the runs; or run a command and show the progress of the jobs that it starts",
     "sync": "make what one engine has made known to the other (DVC, Snakemake)",
 }
-FILES = {"import": "importing", "export": "exporting"}
+FILES = {"import": "importing", "export": "exporting", "results": "committed"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,9 @@ class Tracker(Protocol):
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records scalars; `step` is the number of images seen in training."""
 
+    def log_model(self, step: int, values: Mapping[str, float]) -> None:
+        """Records scalars about the model that this run measures: for this run, and for the one that made its primary input."""
+
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Records a small file (a grid, a table) as it is now."""
 

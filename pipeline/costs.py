@@ -12,10 +12,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from pipeline.autoencoders import PretrainedVae
 from pipeline.params import Scale, Slot
+from pipeline.passes import STUDENTS, TEACHER
 from pipeline.sections import BasicTraining, Training
 
 START = 6.0  # seconds to start Python with torch and MLflow
@@ -38,36 +38,6 @@ ENCODER_FLOPS, DECODER_FLOPS = 1.117e12 / 512**2, 2.515e12 / 512**2
 KEPT = 3  # checkpoints on disk while another one is written
 MB = 1024**2
 REPORT_SLOT = "latent_guided"  # the slot that Table 2 and Figure 2 show
-
-
-class Passes(NamedTuple):
-    """Forward passes of the network that one item of a training step costs; a backward pass counts as two."""
-
-    trained: int
-    """Through networks that are trained, with a tangent counted as another; gradient checkpointing does them twice."""
-    backward: int
-    frozen: int
-    """Without gradients."""
-    guided: int = 0
-    """More where the teacher is guided."""
-
-    def total(self, guided: bool, checkpointing: bool) -> int:
-        """All of them."""
-        return self.trained * (1 + checkpointing) + self.backward + self.frozen + guided * self.guided
-
-
-TEACHER = Passes(1, 2, 0)
-_VSD = Passes(2, 4, 3, 1)  # the generator and F_φ; the teacher, F_φ, the samples that F_φ learns from
-STUDENTS = {
-    "sct": Passes(2, 2, 0),
-    "scd": (scd := Passes(2, 2, 1, 1)),
-    "dsct": Passes(1, 2, 1),
-    "dscd": Passes(1, 2, 2, 1),
-    "multistep": scd,
-    "vsd": _VSD,
-    "scd_vsd": Passes(*(a + b for a, b in zip(scd, _VSD, strict=True))),
-    "ect": Passes(1, 2, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -258,16 +228,17 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
     reported = plan.report_sets * plan.samples
     student = None if method == "teacher" else slot.student_for(axes["size"], method)
     guidable = slot.dataset.labels > 0 if student is None else student.guidance is not None
-    unguided, guided = reported, 0  # samples without guidance and with it
+    unguided, guided, guided_scales = reported, 0, 0  # samples without guidance and with it, at so many selected scales
     if guidable:
         others = sum(scale != 1 for scale in plan.guidance)
+        guided_scales = min(len(plan.spaces), others)
         unguided += plan.select_samples
-        guided += others * plan.select_samples + min(len(plan.spaces), others) * reported
+        guided += others * plan.select_samples + guided_scales * reported
     training = student or slot.teacher_for(axes["size"])
     if training.snapshots:  # other averages are measured in full, earlier checkpoints on one set
-        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples
+        earlier = sum(n < training.iterations for n in plan.checkpoints) * plan.samples * training.snapshots.measured
         averages = 1 + sum(width != training.ema_sigma_rel for width in plan.averages)
-        unguided, guided = averages * unguided + earlier, averages * guided + (earlier if guided else 0)
+        unguided, guided = averages * unguided + earlier, averages * guided + guided_scales * earlier
     if student is None:  # guidance costs a second pass
         steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
         passes, images = steps * (unguided + 2 * guided), unguided + guided
@@ -279,6 +250,11 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
         return _resources(scale, 1 * MB, flops=flops, seconds=IMAGE * images, scratch=scratch, processes=plan.processes)
     flops += images * _image_flops(slot)
     return _resources(scale, 1 * MB, flops=flops, scratch=scratch, processes=plan.processes)
+
+
+def sampling(scale: Scale, flops: float, images: int, bytes: int) -> Resources:
+    """Sampling so many images by one process."""
+    return _resources(scale, bytes, flops=flops, seconds=IMAGE * images)
 
 
 def report(scale: Scale, axes: Mapping[str, str]) -> Resources:
@@ -297,7 +273,19 @@ def figure2(scale: Scale, axes: Mapping[str, str]) -> Resources:
 
 def figure(scale: Scale, axes: Mapping[str, str]) -> Resources:
     """Drawing a figure."""
-    return _resources(scale, 1 * MB, seconds=10)
+    return _resources(scale, 1 * MB, seconds=3)
+
+
+def grids(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Samples with one and with two steps at three scales."""
+    return _resources(scale, 3 * MB, seconds=20)
+
+
+def figure4(scale: Scale, axes: Mapping[str, str]) -> Resources:
+    """Training three embeddings from several seeds."""
+    plan = scale.figure4
+    assert plan is not None
+    return _resources(scale, 1 * MB, seconds=5 + TOY * plan.width * plan.batch * 3 * plan.seeds * plan.iterations)
 
 
 def figure3(scale: Scale, axes: Mapping[str, str]) -> Resources:

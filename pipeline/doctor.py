@@ -27,7 +27,7 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "torch-fidelity": "torch_fidelity",
 }
-HEAVY = ("torch_fidelity", "torchvision")  # imported only after the remedy of scm_core.compat
+HEAVY = ("timm", "torch_fidelity", "torchvision")  # imported only after the remedy of scm_core.compat
 
 
 @dataclass(frozen=True)

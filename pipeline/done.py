@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import manifest, paths
+from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.params import Params
 
@@ -40,9 +41,12 @@ def states(jobs: Sequence[Job], params: Params) -> dict[str, str]:
 
 
 def fingerprint_now(job: Job, params: Params) -> str | None:
-    """The fingerprint that the job would have if it ran now; None where an input is not there."""
+    """The fingerprint that the job would have if it ran now; None where an input is not there, or is another scale's report."""
     folders = [paths.root() / where for where in job.inputs.values()]
     # Asked before it is tried: the error that `read_inputs` raises takes time to word, and is not wanted here.
     if not all(folder.is_file() or manifest.read(folder / paths.MANIFEST) for folder in folders):
         return None
-    return manifest.fingerprint(job, params, manifest.read_inputs(job))
+    try:
+        return manifest.fingerprint(job, params, manifest.read_inputs(job))
+    except PipelineError:
+        return None

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """dvc.yaml as generated from the registry: one DVC stage for each job, with `${scale}` filled in by DVC.
 
-DVC replaces `${scale}` with the value in params.yaml or of `dvc exp run -S scale=smoke`, so the file serves every scale
-that has the axes of the active one (the same slots, sizes and methods, as smoke and demo have). Dependencies are
-literal lists, since DVC does not take a list from a variable. Metrics and plots are files in the evaluations' folders,
-which are outputs as a whole, so they are named at the top and not in their stages.
+DVC replaces `${scale}` with the value in params.yaml, but the axes (slots, sizes, students) are those of the scale that was
+active when the file was made: for another scale make it again. Dependencies are
+literal lists, since DVC does not take a list from a variable. Metrics and plots are files in run folders, which are
+outputs as a whole, so they are named at the top and not in their stages. The plots' templates lie in .dvc/plots/.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,34 @@ def generate(params: Params) -> str:
     """The text of dvc.yaml, from the axes of the active scale."""
     jobs = registry.jobs(params)
     stages = {job.name: _stage(job) for job in jobs}
-    evaluations = [_templated(job, path) for job in jobs if job.stage == "evaluate" for path in job.outputs]
-    floors = [_templated(job, path) for job in jobs if job.stage == "reconstruction" for path in job.outputs]
-    sweeps = {f"{folder}/{paths.SWEEP}": "fid" for folder in evaluations}
+    measured = [job for job in jobs if job.stage in ("reconstruction", "evaluate")]
     text = {
         "stages": stages,
-        "metrics": [
-            *(f"{folder}/{paths.FLOOR}" for folder in floors),
-            *(f"{folder}/{paths.FACTS}" for folder in evaluations),
-        ],
-        "plots": [{"FID by guidance": {"template": "scatter", "x": "guidance", "y": sweeps}}],
+        "metrics": [f"{_templated(job, job.outputs[0])}/{paths.METRICS}" for job in measured],
+        "plots": _plots(jobs, params),
     }
     return HEADER + yaml.safe_dump(text, sort_keys=False, width=10_000, allow_unicode=True)
+
+
+def _plots(jobs: Iterable[Job], params: Params) -> list[dict[str, Any]]:
+    """Curves of trainings, of what was measured along them, and over guidance: one picture for the teachers of a slot, one for the students
+    of each size."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(title: str, template: str, x: str, y: str, job: Job, file: str) -> None:
+        plot = found.setdefault(title, {"template": template, "x": x, "y": {}})
+        plot["y"][f"{_templated(job, job.outputs[0])}/{file}"] = y
+
+    for job in jobs:
+        slot, size = job.axes.get("slot", ""), job.axes.get("size", "")
+        if job.stage == "teacher" and params.active.slots[slot].sizes[size].imported is None:
+            add(f"Loss of teachers, {slot}", "training", "nimg", "loss", job, paths.CURVE)
+        elif job.stage == "student":
+            add(f"Loss of students, {slot} {size}", "training", "nimg", "loss", job, paths.CURVE)
+        elif job.stage == "evaluate":
+            add(f"FID along training, {slot} {size}", "along_training", "nimg", "fid", job, paths.SUMMARY)
+            add(f"FID by guidance, {slot} {size}", "guidance", "guidance", "fid", job, paths.SWEEP)
+    return [{title: plot} for title, plot in found.items()]
 
 
 def _stage(job: Job) -> dict[str, Any]:

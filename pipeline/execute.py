@@ -158,6 +158,7 @@ def _compute(
     show: bool,
 ) -> None:
     from pipeline.lineage import open_run
+    from pipeline.provenance import environment
 
     folder = paths.job_folder(job)
     cpu = time.process_time()
@@ -190,6 +191,7 @@ def _compute(
         "fingerprint": mark,
         "mlflow_run": run.run_id,
         "git": {key: code[key] for key in ("commit", "dirty")},
+        "environment": environment(),
         "launcher": launcher,
         "job_id": job_id,
         "host": process.get("host"),

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.autoencoders import PretrainedVae, described_by
-from pipeline.job import REPORT_SLOT, Axes, Point, figure7_students, table2_students
-from pipeline.params import Params, Slot
+from pipeline.job import Axes, Point
+from pipeline.overrides import base_of
+from pipeline.params import Params
+from pipeline.students import TEACHER, in_order
 
 
 def slots(params: Params) -> Axes:
@@ -32,10 +33,10 @@ def sizes(params: Params) -> Axes:
 
 
 def students(params: Params) -> Axes:
-    """Every student of every size."""
+    """Every student of every size, each after the one that it starts as."""
     for axes in sizes(params):
         trained = params.active.slots[axes["slot"]].sizes[axes["size"]].students
-        yield from ({**axes, "method": method} for method in trained)
+        yield from ({**axes, "method": method} for method in in_order(trained))
 
 
 def evaluated(params: Params) -> Axes:
@@ -43,33 +44,6 @@ def evaluated(params: Params) -> Axes:
     for axes in sizes(params):
         for method in ("teacher", *params.active.slots[axes["slot"]].sizes[axes["size"]].students):
             yield {**axes, "method": method}
-
-
-def of_table2(params: Params) -> Axes:
-    """Once, if there is the slot that the table is about."""
-    return iter([{}] if REPORT_SLOT in params.active.slots else [])
-
-
-def of_figure2(params: Params) -> Axes:
-    """Once, if that slot asks for it."""
-    slot = params.active.slots.get(REPORT_SLOT)
-    return iter([{}] if slot and slot.figure2 else [])
-
-
-def of_figure7(params: Params) -> Axes:
-    """Once, if that slot has a student that it shows."""
-    slot = params.active.slots.get(REPORT_SLOT)
-    return iter([{}] if slot and any(figure7_students(slot, size) for size in slot.sizes) else [])
-
-
-def of_evaluations(params: Params) -> Axes:
-    """Once."""
-    return iter([{}])
-
-
-def of_figure3(params: Params) -> Axes:
-    """Once, if the scale asks for it."""
-    return iter([{}] if params.active.figure3 else [])
 
 
 def vae_inputs(point: Point) -> dict[str, Path]:
@@ -97,50 +71,18 @@ def reference_keys(point: Point) -> tuple[str, ...]:
     return (*drawn, ".evaluation.spaces")
 
 
-def _evaluations_of(point: Point, shown: Callable[[Slot, str], list[str]]) -> dict[str, Path]:
-    """The evaluations of a slot's teachers and of the students that are `shown` of a size, as evaluate-<size>-<method>."""
-    return {
-        f"evaluate-{size}-{method}": point.folder("evaluate", size, method)
-        for size in point.slot.sizes
-        for method in ("teacher", *shown(point.slot, size))
-    }
-
-
-def evaluations(point: Point) -> dict[str, Path]:
-    """Those that Table 2 and Figure 2 are about."""
-    return _evaluations_of(point, table2_students)
-
-
-def every_evaluation(point: Point) -> dict[str, Path]:
-    """The evaluations of all models of all slots, as evaluate-<slot>-<size>-<method>."""
-    return {
-        "-".join(("evaluate", *axes.values())): Path(
-            "runs", point.params.scale, axes["slot"], "evaluate", axes["size"], axes["method"]
-        )
-        for axes in evaluated(point.params)
-    }
-
-
-def guided_evaluations(point: Point) -> dict[str, Path]:
-    """Those that Figure 7 is about."""
-    return _evaluations_of(point, figure7_students)
-
-
-def figure2_inputs(point: Point) -> dict[str, Path]:
-    """Every network of the slot, as teacher-<size> or student-<size>-<method>, the decoder, the evaluations."""
-    inputs: dict[str, Path] = {}
-    for size in point.slot.sizes:
-        inputs[f"teacher-{size}"] = point.folder("teacher", size)
-        for name in table2_students(point.slot, size):
-            inputs[f"student-{size}-{name}"] = point.folder("student", size, name)
-    return {**inputs, **point.decoder(), **evaluations(point)}
-
-
 def teacher_inputs(point: Point) -> dict[str, Path]:
     """A teacher that is imported needs no data: whether it is the right one is known before anything is encoded or trained."""
     if point.slot.sizes[point.axes["size"]].imported is not None:
         return {}
     return {**point.data(), **point.decoder()}
+
+
+def student_inputs(point: Point) -> dict[str, Path]:
+    """The teacher, the student that this one starts as, if it does not start as the teacher, and what samples are made of."""
+    size, start = point.axes["size"], point.slot.student_for(point.axes["size"], point.axes["method"]).start
+    first = {} if start == TEACHER else {"start": point.folder("student", size, start)}
+    return {"teacher": point.folder("teacher", size), **first, **point.data(), **point.decoder()}
 
 
 def teacher_keys(point: Point) -> tuple[str, ...]:
@@ -155,3 +97,8 @@ def network_keys(point: Point, section: str) -> tuple[str, ...]:
     """What the training of a network depends on, as `section` of its size has it."""
     size = f".sizes.{point.axes['size']}"
     return ("seed", ".sigma_data", f".{section}", f"{size}.network", f"{size}.{section}")
+
+
+def student_keys(point: Point) -> tuple[str, ...]:
+    """What a student depends on: its section, which it shares with its repetitions."""
+    return network_keys(point, f"students.{base_of(point.axes['method'])}")

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from pipeline.params import Slot
-from pipeline.students import MultistepTraining, StudentTraining
+from pipeline.students import TEACHER, MultistepTraining, StudentTraining
 from scm_core.sampling import Guided, sample_consistency, sample_diffusion, sample_multistep
 from scm_core.seeds import sample_noise
 from scm_core.trigflow import t_max
-
-TEACHER = "teacher"  # the method that is not a student's
 
 
 def samples(

@@ -11,20 +11,9 @@ from types import MappingProxyType
 from pipeline.costs import REPORT_SLOT, Resources
 from pipeline.params import Params, Scale, Slot
 
-__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage", "table2_students"]
+__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage"]
 
 REPORTS = Path("reports")
-
-
-def table2_students(slot: Slot, size: str) -> list[str]:
-    """The students that Table 2 and Figure 2 show, of those that the slot trains at this size."""
-    return [name for name in ("scd", "sct") if name in slot.sizes[size].students]
-
-
-def figure7_students(slot: Slot, size: str) -> list[str]:
-    """The students that Figure 7 shows, of those that the slot trains at this size with guidance."""
-    trained = slot.sizes[size].students
-    return [name for name in ("scd", "vsd", "scd_vsd") if name in trained and trained[name].guidance]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import manifest, paths
 from pipeline.files import host, read_json, sha256_file, user, write_json
-from pipeline.provenance import place, shown_params
+from pipeline.provenance import place, shown_params, trained_as
+from pipeline.ranks import Silent
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -77,9 +78,11 @@ class Run:
         """Records scalars; those that an attempt before this one has recorded at this step are not repeated."""
         new = {key: float(value) for key, value in values.items() if step > self._seen.get(key, -1)}
         if new:
-            # JSON has no NaN: a diverged loss is recorded as the word that float() reads.
-            safe = {key: value if math.isfinite(value) else str(value) for key, value in new.items()}
-            self._append({"event": "metrics", "step": int(step), "values": safe})
+            self._append({"event": "metrics", "step": int(step), "values": _safe(new)})
+
+    def log_model(self, step: int, values: Mapping[str, float]) -> None:
+        """Records scalars about the model that this run measures: for this run, and for its parent, which made the model."""
+        self._append({"event": "model", "step": int(step), "values": _safe(values)})
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Records a small file as it is now; a large one by its size and digest only."""
@@ -171,19 +174,15 @@ class Run:
                 failures = 0
 
 
-class NoRun:
+def _safe(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN: a diverged loss is recorded as the word that float() reads."""
+    return {key: float(value) if math.isfinite(value) else str(float(value)) for key, value in values.items()}
+
+
+class NoRun(Silent):
     """A run that is not tracked (SCM_TRACKING=off)."""
 
     run_id: str | None = None
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Does nothing."""
-
-    def set_tag(self, key: str, value: str) -> None:
-        """Does nothing."""
 
     def finish(self, made: Path, metrics: Mapping[str, float]) -> None:
         """Does nothing."""
@@ -258,6 +257,8 @@ def _header(job: "Job", params: "Params", inputs: Mapping[str, manifest.Input], 
             "scm.stage": job.stage,
             "scm.fingerprint": mark,
             "scm.place": place(),
+            "mlflow.note.content": f"`{job.command}` makes `{job.outputs[0].as_posix()}`",
+            **trained_as(job, params, inputs),
             **{f"scm.{axis}": value for axis, value in job.axes.items()},
             **{f"scm.input.{name}": item.run or item.digest[:16] for name, item in inputs.items()},
         },

@@ -5,7 +5,7 @@ A manifest is deterministic (no times, no host), so that the same computation gi
 run id quoted in a table means the same thing on every machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ class Input:
     """One verified input of a job."""
 
     path: Path  # absolute
-    run: str | None  # run id that made it; None for a plain file
+    run: str | None  # run id that made it; None for a file that no run here has made
     digest: str  # SHA-256 of its manifest, or of the file
     job: str | None = None  # name of the job that made it
 
@@ -107,10 +107,11 @@ def read(file: Path) -> dict[str, Any] | None:
 def read_inputs(job: "Job") -> dict[str, Input]:
     """The job's inputs by their manifests alone: quick, no data file is looked at. Raises when one is missing."""
     found = {}
+    reports = _reports(job.scale) if any((paths.root() / where).is_file() for where in job.inputs.values()) else []
     for name, where in job.inputs.items():
         path = paths.root() / where
         if path.is_file():
-            found[name] = Input(path, None, sha256_file(path))
+            found[name] = _report_file(job, where, reports)
             continue
         manifest = read(path / paths.MANIFEST)
         if manifest is None:
@@ -124,11 +125,33 @@ def read_inputs(job: "Job") -> dict[str, Input]:
     return found
 
 
+def _reports(scale: str) -> list[dict[str, Any]]:
+    """The manifests of a scale's reports."""
+    files = sorted(paths.records(scale).glob("*.manifest.json"))
+    return [made for file in files if (made := read(file)) is not None]
+
+
+def _report_file(job: "Job", where: Path, reports: Sequence[Mapping[str, Any]]) -> Input:
+    """A file in reports/, as the scale of `job` has made it; all scales write there, so it may be another one's."""
+    path = paths.root() / where
+    digest = sha256_file(path)
+    makers = [made for made in reports if where.name in made["files"]]
+    for made in makers:
+        if made["files"][where.name]["sha256"] == digest:
+            return Input(path, made["run"], digest, made["name"])
+    if makers:
+        raise PipelineError(
+            f"{job.name}: input {where} is not what scale {job.scale} made (another scale has drawn it since, or it was edited); "
+            f"make it again with: {remedy(job, path, makers[-1])}"
+        )
+    return Input(path, None, digest)
+
+
 def verify_inputs(job: "Job") -> dict[str, Input]:
     """The job's inputs, after comparing every file with its manifest; raises a sentence naming the first bad file."""
     found = read_inputs(job)
     for item in found.values():
-        if item.run is None:
+        if item.path.is_file():
             continue
         manifest = read(item.path / paths.MANIFEST)
         assert manifest is not None

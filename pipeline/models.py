@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from pipeline.autoencoders import AnyVae, PretrainedVae, Sizes
 from pipeline.datasets import Dataset
 from pipeline.errors import ParamsError, suggestion
-from pipeline.figures import Figure2, Figure3
+from pipeline.figures import Figure2, Figure3, Figure4, Grids
 from pipeline.hardware import Hardware, check_nodes
 from pipeline.imported import UNDROPPED, Imported
 from pipeline.networks import Items, Network
+from pipeline.overrides import base_of, merged
 from pipeline.sections import (
     Engine,
     Evaluation,
@@ -33,7 +33,7 @@ from pipeline.sections import (
     Training,
     problem,
 )
-from pipeline.students import UNGUIDED, Student, StudentTraining
+from pipeline.students import UNGUIDED, Student, StudentTraining, in_order
 
 SIGMA_MAX = 80.0  # that of scm_core.trigflow, where every sampler starts
 FEATURES_RESOLUTION = 8  # the smallest images that scm_core.evaluate.classifier takes
@@ -57,7 +57,9 @@ class Size(Model):
     """A published network that is the teacher, which then is not trained."""
     teacher: TeacherTraining
     students: Annotated[Mapping[StudentName, Student], Field(min_length=1)]
-    """Those of the slot's students that are trained at this size."""
+    """Those of the slot's students that are trained at this size, and their repetitions."""
+    repeats: Mapping[StudentName, Annotated[int, Field(ge=2, le=100)]] = {}
+    """Of these students, how often they are trained, each time from another seed: the second is named <student>_seed2, and so on."""
 
 
 class Slot(Model):
@@ -75,6 +77,7 @@ class Slot(Model):
     sizes: Annotated[Mapping[SizeName, Size], Field(min_length=1)]
     evaluation: Evaluation
     figure2: Figure2 | None = None
+    grids: Grids | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -83,7 +86,7 @@ class Slot(Model):
         if not isinstance(data, Mapping) or not isinstance(data.get("sizes"), Mapping):
             return data
         base = {"teacher": data.get("teacher"), "students": data.get("students")}
-        return {**data, "sizes": {name: _merge(name, size, base) for name, size in data["sizes"].items()}}
+        return {**data, "sizes": {name: merged(name, size, base) for name, size in data["sizes"].items()}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Slot:
@@ -92,6 +95,9 @@ class Slot(Model):
         for name in self.sizes:
             self._check_size(name)
         for student in self.students:
+            if base_of(student) != student:
+                what = "is the name of a repeated training (repeats of a size): give the student another one"
+                raise problem(f"students.{student}", what)
             if not any(student in size.students for size in self.sizes.values()):
                 what = "is a student of no size: name it in the students of one ({} changes nothing), or remove it"
                 raise problem(f"students.{student}", what)
@@ -101,6 +107,8 @@ class Slot(Model):
         if (self.features is not None) != ("classifier" in self.evaluation.spaces):
             what = "must be given if evaluation.spaces names the classifier, and only then"
             raise problem("features", what)
+        if self.features and self.dataset.source == "images" and not self.dataset.labels:  # others only hide theirs
+            raise problem("features", "needs labels to learn from: give dataset.labels, or measure in other spaces")
         if self.features and (side < FEATURES_RESOLUTION or side & (side - 1)):
             what = f"a power of two of at least {FEATURES_RESOLUTION} for the classifier that makes the features"
             raise problem("dataset.resolution", f"must be {what}, got {side}")
@@ -108,15 +116,16 @@ class Slot(Model):
         if self.evaluation.t_mid >= t_max:
             what = f"before the first step at arctan({SIGMA_MAX:g}/sigma_data) = {t_max:.6g}"
             raise problem("evaluation.t_mid", f"must come {what}, got {self.evaluation.t_mid:g}")
-        if self.figure2:
-            wrong = [label for label in self.figure2.labels if label >= max(1, self.dataset.labels)]
+        for key, shown in {"figure2": self.figure2, "grids": self.grids}.items():
+            wrong = [label for label in shown.labels if label >= max(1, self.dataset.labels)] if shown else []
             if wrong:
-                raise problem("figure2.labels", f"must be below dataset.labels ({self.dataset.labels}), got {wrong[0]}")
+                raise problem(f"{key}.labels", f"must be below dataset.labels ({self.dataset.labels}), got {wrong[0]}")
         return self
 
     def _check_size(self, size: str) -> None:
         teacher, grid = self.teacher_for(size), self.evaluation.guidance
         self._check_network(size)
+        in_order(self.sizes[size].students)
         imported = self.sizes[size].imported
         if imported and imported.format in UNDROPPED and teacher.label_dropout > 0:
             what = f"must be 0, as networks of format {imported.format} are trained without dropping labels"
@@ -202,7 +211,7 @@ class Slot(Model):
                 if section.snapshots is None:
                     continue
                 kept, every = True, section.snapshots.every
-                if wrong := [n for n in how.checkpoints if n % every]:
+                if wrong := [n for n in how.checkpoints if section.snapshots.measured and n % every]:
                     what = f"must be multiples of {key}.snapshots.every ({every} for size {size})"
                     raise problem("evaluation.checkpoints", f"{what}, got {wrong[0]}")
                 if how.averages and section.iterations % every:
@@ -236,26 +245,6 @@ class Slot(Model):
         return self.sizes[size].students[method]
 
 
-def _merge(name: Any, size: Any, base: Mapping[str, Any]) -> Any:
-    """One size with the slot's sections below its own; what is not a mapping is left for validation to refuse."""
-    if not isinstance(size, Mapping):
-        return size
-    merged = dict(size)
-    own, below = size.get("teacher"), base["teacher"]
-    if isinstance(own, Mapping) and isinstance(below, Mapping):
-        merged["teacher"] = {**below, **own}
-    own, below = size.get("students"), base["students"]
-    if isinstance(own, Mapping) and isinstance(below, Mapping):
-        merged["students"] = {}
-        for method, section in own.items():
-            if method not in below and all(isinstance(known, str) for known in below):
-                at = f"sizes.{name}.students.{method}"
-                raise PydanticCustomError("unknown_key", "unknown", {"at": at, "known": list(below)})
-            both = isinstance(section, Mapping) and isinstance(below.get(method), Mapping)
-            merged["students"][method] = {**below[method], **section} if both else section
-    return merged
-
-
 class Scale(Model):
     """All numbers of one scale."""
 
@@ -264,6 +253,7 @@ class Scale(Model):
     """Absent: the CPU of one machine."""
     slots: Annotated[Mapping[SlotName, Slot], Field(min_length=1)]
     figure3: Figure3 | None = None
+    figure4: Figure4 | None = None
 
     @model_validator(mode="after")
     def _jobs_fit_nodes(self) -> Scale:

@@ -56,6 +56,9 @@ class _Counted(Model):
 
 
 class SmallNetwork(_Counted):
+    embedding: ClassVar[str] = "positional"  # what the other architectures choose, for tables of settings
+    c_noise: ClassVar[str] = "t"
+    norm: ClassVar[str] = "double"
     architecture: Literal["small"]
     """One level after a pixel-unshuffle, no attention."""
     width: Even

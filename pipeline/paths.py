@@ -12,7 +12,13 @@ from typing import Protocol
 from pipeline.errors import PipelineError
 
 MANIFEST = "manifest.json"
-SWEEP, FACTS = "sweep.csv", "evaluation.json"  # in the output of evaluate
+SWEEP, FACTS, SUMMARY, METRICS = (
+    "sweep.csv",
+    "evaluation.json",
+    "summary.csv",
+    "metrics.json",
+)  # in the output of evaluate
+CURVE = "training.csv"  # in that of every training
 FLOOR, FLOOR_ROWS = "reconstruction.json", "reconstruction.csv"  # in that of reconstruction
 
 
@@ -69,14 +75,19 @@ def log_file(job: JobName, rank: int = 0) -> Path:
     return runs(job.scale) / ".logs" / (f"{job.name}.rank-{rank}.log" if rank else f"{job.name}.log")
 
 
+def records(scale: str) -> Path:
+    """The folder of the records of a scale's jobs, and of the manifests of its reports."""
+    return runs(scale) / ".records"
+
+
 def record_file(job: JobName) -> Path:
     """What is not deterministic about the last published execution: MLflow run, commit, times, host."""
-    return runs(job.scale) / ".records" / f"{job.name}.json"
+    return records(job.scale) / f"{job.name}.json"
 
 
 def report_manifest(job: JobName) -> Path:
     """Where the manifest of a report stage lies, as its outputs are files, not a folder."""
-    return runs(job.scale) / ".records" / f"{job.name}.manifest.json"
+    return records(job.scale) / f"{job.name}.manifest.json"
 
 
 def relative(path: Path) -> str:

@@ -4,8 +4,11 @@
 import ast
 import functools
 import hashlib
+import platform
 import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +63,38 @@ def code_state() -> dict[str, Any]:
     return {**git_state(), "code": sources_digest()}
 
 
+PACKAGES = ("torch", "numpy", "scipy", "torch-fidelity", "diffusers")  # that results depend on
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware of this process, in words for readers; '' for what is not there. No names of machines or people."""
+    torch = sys.modules.get("torch")
+    devices = torch.cuda.device_count() if torch and torch.cuda.is_available() else 0
+    named = [torch.cuda.get_device_name(i) for i in range(devices)] if torch else []
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "gpus": ", ".join(f"{named.count(name)} × {name}" for name in dict.fromkeys(named)),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name)),
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def place() -> str:
     """A short name for this copy of the repository on this machine: whose runs may be called dead."""
     return sha256_text(f"{host()}:{paths.root()}")[:16]
@@ -79,8 +114,29 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def shown_params(job: "Job", params: "Params") -> dict[str, str]:
     """A job's parameters under names that line up when two runs are compared: `student.lr` of any method and size."""
+    return comparable(manifest.resolved_params(job, params))
+
+
+def trained_as(job: "Job", params: "Params", inputs: Mapping[str, manifest.Input]) -> dict[str, str]:
+    """Objective and seed of a training as tags; those of an evaluation are its model's."""
+    if job.stage == "evaluate" and inputs:
+        made = manifest.read(next(iter(inputs.values())).path / paths.MANIFEST)
+        return {} if made is None else training_of(made["stage"], made["params"])
+    return training_of(job.stage, manifest.resolved_params(job, params))
+
+
+def training_of(stage: str, resolved: Mapping[str, Any]) -> dict[str, str]:
+    """`scm.objective`, what a network of this stage is trained to do, and `scm.seed`, of resolved parameters; without what is not known."""
+    shown = comparable(resolved)
+    fixed = {"teacher": "diffusion", "vae": "autoencoder", "features": "classifier"}
+    found = {"scm.objective": shown.get("student.method") or fixed.get(stage), "scm.seed": shown.get("seed")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def comparable(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """Resolved parameters as dotted keys and strings, without slot, size and name of a student."""
     result = {}
-    for key, value in flat(manifest.resolved_params(job, params)).items():
+    for key, value in flat(resolved).items():
         parts = key.split(".")
         if parts[0] == "slots":
             parts = parts[2:]

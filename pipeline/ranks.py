@@ -44,6 +44,9 @@ class Silent:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
+    def log_model(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Nothing."""
 

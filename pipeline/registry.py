@@ -27,151 +27,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import costs, expansion
+from pipeline import page
 from pipeline.costs import Resources
+from pipeline.declared import MODELS
 from pipeline.errors import RegistryError, suggestion
-from pipeline.job import REPORTS, Job, Stage
+from pipeline.job import Job, Stage
 from pipeline.params import Params
+from pipeline.reports import REPORTED
 
 __all__ = ["STAGES", "Job", "Resources", "Stage", "critical_path", "ends", "find", "jobs", "parents", "settings"]
 
 
-# In topological order.
-_DECLARED = (
-    Stage(
-        "dataset",
-        "read, crop and store the images",
-        axes=("slot",),
-        expand=expansion.slots,
-        inputs=lambda p: {},
-        params=lambda p: p.slot.dataset.keys(),
-        cost=costs.dataset,
-    ),
-    Stage(
-        "vae",
-        "train the VAE, or verify a published one",
-        axes=("slot",),
-        expand=expansion.latent_slots,
-        inputs=expansion.vae_inputs,
-        params=expansion.vae_keys,
-        cost=costs.vae,
-    ),
-    Stage(
-        "latents",
-        "encode the images",
-        axes=("slot",),
-        expand=expansion.latent_slots,
-        inputs=lambda p: p.inputs("dataset", "vae"),
-        params=expansion.latents_keys,
-        cost=costs.latents,
-    ),
-    Stage(
-        "features",
-        "train the classifier that makes the features of FID",
-        axes=("slot",),
-        expand=expansion.classified_slots,
-        inputs=lambda p: p.inputs("dataset"),
-        params=lambda p: ("seed", ".features"),
-        cost=costs.features,
-    ),
-    Stage(
-        "reference",
-        "features and moments of the data",
-        axes=("slot",),
-        expand=expansion.slots,
-        inputs=lambda p: {**p.inputs("dataset"), **p.features()},
-        params=expansion.reference_keys,
-        cost=costs.reference,
-    ),
-    Stage(
-        "reconstruction",
-        "the distances of the images from themselves, encoded and decoded: the floor of a latent model's",
-        axes=("slot",),
-        expand=expansion.latent_slots,
-        inputs=lambda p: {**p.inputs("latents", "vae"), **p.features(), **p.inputs("reference")},
-        params=lambda p: tuple(f".evaluation.{key}" for key in ("spaces", "samples", "neighbours", "groups", "batch")),
-        cost=costs.reconstruction,
-    ),
-    Stage(
-        "teacher",
-        "train a diffusion model, or import a published one",
-        axes=("slot", "size"),
-        expand=expansion.sizes,
-        inputs=expansion.teacher_inputs,
-        params=expansion.teacher_keys,
-        cost=costs.teacher,
-    ),
-    Stage(
-        "student",
-        "train a consistency model",
-        axes=("slot", "size", "method"),
-        expand=expansion.students,
-        inputs=lambda p: {"teacher": p.folder("teacher", p.axes["size"]), **p.data(), **p.decoder()},
-        params=lambda p: expansion.network_keys(p, f"students.{p.axes['method']}"),
-        cost=costs.student,
-    ),
-    Stage(
-        "evaluate",
-        "sweep the guidance, select, measure again on fresh samples",
-        axes=("slot", "size", "method"),
-        expand=expansion.evaluated,
-        inputs=lambda p: {**p.model(), **p.decoder(), **p.features(), **p.inputs("reference")},
-        params=lambda p: (".sigma_data", ".evaluation"),
-        cost=costs.evaluate,
-    ),
-    Stage(
-        "table2",
-        "Table 2: the paper's rows and ours",
-        axes=(),
-        expand=expansion.of_table2,
-        inputs=lambda p: {**expansion.evaluations(p), **p.inputs("reconstruction")},
-        params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
-        cost=costs.report,
-        reports=(REPORTS / "table2.csv", REPORTS / "table2.md"),
-        reads=(REPORTS / "paper" / "table2.csv",),
-    ),
-    Stage(
-        "figure2",
-        "Figure 2: samples of teacher and students from the same noise",
-        axes=(),
-        expand=expansion.of_figure2,
-        inputs=expansion.figure2_inputs,
-        params=lambda p: (".sigma_data", ".evaluation", ".figure2"),
-        cost=costs.figure2,
-        reports=(REPORTS / "figure2.png",),
-    ),
-    Stage(
-        "figure3",
-        "Figure 3: discrete and continuous time on a toy whose PF-ODE is known",
-        axes=(),
-        expand=expansion.of_figure3,
-        inputs=lambda p: {},
-        params=lambda p: ("seed", "figure3"),
-        cost=costs.figure3,
-        reports=(REPORTS / "figure3.png", REPORTS / "figure3.csv"),
-    ),
-    Stage(
-        "figure7",
-        "Figure 7: precision, recall and FID against guidance",
-        axes=(),
-        expand=expansion.of_figure7,
-        inputs=expansion.guided_evaluations,
-        params=lambda p: (*p.slot.dataset.keys(), ".evaluation"),
-        cost=costs.figure,
-        reports=(REPORTS / "figure7.png", REPORTS / "figure7.csv"),
-    ),
-    Stage(
-        "evaluations",
-        "every measured point of the scale in one file",
-        axes=(),
-        expand=expansion.of_evaluations,
-        inputs=expansion.every_evaluation,
-        params=lambda p: (),
-        cost=costs.report,
-        reports=(REPORTS / "evaluations.csv",),
-    ),
-)
-STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _DECLARED})
+_DECLARED = (*MODELS, *REPORTED)  # in topological order
+STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in (*_DECLARED, *page.stages(_DECLARED))})
 
 
 def jobs(params: Params, scale: str | None = None) -> list[Job]:
@@ -188,10 +56,13 @@ def parents(job: Job, among: Iterable[Job]) -> list[Job]:
 
 
 def ends(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs whose outputs no other of them reads: who wants these wants them all."""
+    """The jobs whose outputs no other of them reads, and all reports: who wants these wants them all.
+
+    Reports that another one reads are named, too, because Snakemake does not miss a file that only a finished job has read.
+    """
     everything = list(jobs)
     read = {path for job in everything for path in job.inputs.values()}
-    return [job for job in everything if not read & set(job.outputs)]
+    return [job for job in everything if job.is_report or not read & set(job.outputs)]
 
 
 def critical_path(jobs: Iterable[Job]) -> dict[str, float]:
@@ -260,4 +131,6 @@ def _value(scale: BaseModel, key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):  # the students of a slot
+        return {key: _plain(part) for key, part in value.items()}
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -95,6 +95,8 @@ class Snapshots(Model):
     """Their relative widths (EDM2: 0.05 and 0.10)."""
     every: Count
     """Iterations from one to the next."""
+    measured: bool = Field(True, exclude_if=bool)
+    """Whether `evaluation.checkpoints` are measured of this training."""
 
 
 class Engine(Model):

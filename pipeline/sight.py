@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import paths
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from scm_core.objectives import Batch, Objective
     from scm_core.train.state import TrainState
 
+MACHINE = ("time", "images_per_second", "memory_gb", "teraflops_per_second", "utilisation")  # no property of the result
 SHOWN = ("loss", "tangent_norm", "images_per_second", "memory_gb")
 
 
@@ -51,8 +55,10 @@ class Sight:
         return Hooks(start=self._start, log=self._log, progress=self._progress, sample=sample, warn=self._warn)
 
     def close(self) -> None:
-        """Show where it ended."""
+        """Show where it ended, and write its curves into the output."""
         self.progress.close()
+        if self.log is not None:
+            write_curve(self.log.path, self.ctx.out / paths.CURVE)
 
     def _start(self, iteration: int) -> None:
         self.progress.start(iteration)
@@ -83,3 +89,14 @@ class Sight:
         print(f"warning: {text}", flush=True)
         self.ctx.tracker.set_tag("scm.warning", text)
         self.ctx.tracker.log_metrics(nimg, {"warnings": float(self.warnings)})
+
+
+def write_curve(log: Path, file: Path) -> None:
+    """The scalars of a log as a CSV file, a row for each log interval, without those that say how fast it went: equal trainings give equal
+    bytes, resumed or not."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    columns = dict.fromkeys(key for row in rows for key in row if key not in MACHINE)
+    with file.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(columns), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

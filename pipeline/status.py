@@ -114,6 +114,22 @@ def remaining(rows: Sequence[Row], cores: int) -> float:
     return makespan([row.job for row in left], {row.job.name: row.left_s for row in left}, cores)
 
 
+def counted(rows: Sequence[Row]) -> str:
+    """`23 jobs: 12 done, 1 running, 10 waiting`."""
+    counts = {state: sum(row.state == state for row in rows) for state in STATES}
+    return f"{len(rows)} jobs: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}"
+
+
+def time_left(params: Params, rows: Sequence[Row], cores: int) -> str:
+    """How long what is left will take, in words; '' when nothing is left."""
+    if all(row.state == DONE for row in rows):
+        return ""
+    if params.active.hardware is None:
+        return f"about {duration(remaining(rows, cores))} left on {cores} core{'s' * (cores > 1)}"
+    left = {row.job.name: row.left_s for row in rows}
+    return f"at least {duration(longest_path([row.job for row in rows], left)[0])} left, on as many GPUs as are wanted at once"
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints the table; exit status 1 when a job has failed."""
     parser = Parser(prog="python -m pipeline status", description=__doc__)
@@ -129,23 +145,14 @@ def main(argv: Sequence[str]) -> int:
     width = max((len(row.job.name) for row in rows), default=0)
     for row in rows:
         print(f"{row.job.name:{width}}  {row.state:8} {row.detail}".rstrip())
-    counts = {state: sum(row.state == state for row in rows) for state in STATES}
-    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    print(f"\nscale {params.scale}: {len(rows)} jobs: {words}")
-    if counts[DONE] < len(rows):
-        cores = max(1, options.cores)
-        if params.active.hardware is None:
-            print(f"about {duration(remaining(rows, cores))} left on {cores} core{'s' * (cores > 1)}")
-        else:
-            left = {row.job.name: row.left_s for row in rows}
-            print(
-                f"at least {duration(longest_path([row.job for row in rows], left)[0])} left, on as many GPUs as are wanted at once"
-            )
+    print(f"\nscale {params.scale}: {counted(rows)}")
+    if left := time_left(params, rows, max(1, options.cores)):
+        print(left)
     pending = sum(map(_pending, (paths.runs(params.scale) / ".lineage").glob("*/run.json")))
     if pending:
         words = "run has records or an end" if pending == 1 else "runs have records or an end"
         print(f"{pending} {words} that the tracking store has not got: python -m pipeline status --replay")
-    return 1 if counts[FAILED] else code
+    return 1 if any(row.state == FAILED for row in rows) else code
 
 
 def _pending(file: Path) -> bool:

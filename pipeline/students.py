@@ -7,11 +7,14 @@ The keys that a section adds to `Training` are the options of its method in `scm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.sections import Count, GuidanceRange, Index, NonNegative, Positive, Training, problem
+from pipeline.sections import Count, GuidanceRange, Index, NonNegative, Positive, Training, absent, problem
+
+TEACHER = "teacher"  # the method that is not a student's
 
 
 class StudentTraining(Training):
@@ -21,6 +24,8 @@ class StudentTraining(Training):
     """Its objective, one of `scm_core.objectives.methods`."""
     guidance: GuidanceRange | None
     """Range of the guidance scale s ~ U[low, high] of each sample; null: no guidance."""
+    start: str = Field(TEACHER, exclude_if=lambda name: name == TEACHER)
+    """The network that it starts as: the teacher, or another student of the size, by name, which is trained before it."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -29,7 +34,7 @@ class StudentTraining(Training):
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the method in `scm_core.objectives.methods`."""
-        own = type(self).model_fields.keys() - Training.model_fields.keys() - {"method"}
+        own = type(self).model_fields.keys() - Training.model_fields.keys() - {"method", "start"}
         return {name.removeprefix("tangent_"): getattr(self, name) for name in sorted(own)}
 
     @model_validator(mode="after")
@@ -73,6 +78,10 @@ class _Vsd(StudentTraining):
     fake_P_std: Positive
     fake_guidance: bool
     """Whether that network is told the guidance scale."""
+    fake_lr: Positive | None = Field(None, exclude_if=absent)
+    """Its peak learning rate; null: the student's."""
+    vsd_delay: Index = Field(0, exclude_if=lambda iterations: iterations == 0)
+    """Iterations in which it learns alone, before it moves the student."""
 
 
 class ConsistencyTraining(_Continuous):
@@ -141,6 +150,34 @@ Student = Annotated[
     ConsistencyTraining | DiscreteTraining | MultistepTraining | VsdTraining | ScdVsdTraining | EctTraining,
     Field(discriminator="method"),
 ]
+
+
+def in_order(students: Mapping[str, StudentTraining]) -> list[str]:
+    """The names of a size's students, each after the one that it starts as; an error of params.yaml for one that cannot start so."""
+    for name, student in students.items():
+        key, start = f"students.{name}.start", student.start
+        if start == TEACHER:
+            continue
+        if start not in students:
+            known = ", ".join([TEACHER, *(other for other in students if other != name)])
+            raise problem(key, f"must be the teacher or another student of the size ({known}), got {start}")
+        if (students[start].guidance is None) != (student.guidance is None):
+            has = "no guidance input" if students[start].guidance is None else "a guidance input"
+            raise problem(key, f"must be a student with the same inputs as {name}, and {start} has {has}")
+    ordered: list[str] = []
+    for name in students:
+        chain: list[str] = []
+        while name != TEACHER and name not in ordered:
+            if name in chain:
+                raise problem(
+                    f"students.{name}.start", "leads back to itself: let one of the students start as the teacher"
+                )
+            chain.append(name)
+            name = students[name].start
+        ordered += reversed(chain)
+    return ordered
+
+
 METHODS = ("sct", "scd", "dsct", "dscd", "multistep", "vsd", "scd_vsd", "ect")
 UNGUIDED = {
     "sct": "sCT learns from data",

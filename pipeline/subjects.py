@@ -111,7 +111,7 @@ class ModelSubject:
         The width is the published average's, or where that has none (a half-life) the first of the snapshots'.
         """
         training = self.training
-        if training.snapshots is None:
+        if training.snapshots is None or not training.snapshots.measured:
             return []
         width = training.ema_sigma_rel or training.snapshots.sigma_rel[0]
         return [(width, n * training.batch) for n in self.how.checkpoints if n < training.iterations]

@@ -13,11 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from pipeline import manifest, paths, registry
 from pipeline.cli import Parser
 from pipeline.done import DONE, states
 from pipeline.errors import PipelineError
 from pipeline.params import PARAMS_FILE, load
+
+DVC_FILE = "dvc.yaml"
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +42,11 @@ def main(argv: list[str]) -> int:
         made = manifest.read(manifest.path_of(job))
         if made is not None and (wrong := manifest.fault(job, made, hash_bytes=math.inf)):
             raise PipelineError(f"{wrong}; make it again with: {job.command}, then `make sync`")
+    known = (yaml.safe_load((root / DVC_FILE).read_text(encoding="utf-8")) or {}).get("stages", {})
+    if strange := [job.name for job in done if job.name not in known]:
+        raise PipelineError(
+            f"{DVC_FILE}: has no {strange[0]}, so it is not that of scale {params.scale}; make it with: python -m pipeline dvc > {DVC_FILE}"
+        )
     _run(root, "dvc", "commit", "--force", "--quiet", *(job.name for job in done))
     targets = [output.as_posix() for job in done for output in job.outputs]
     seen = _run(root, "snakemake", *targets, "--dry-run", "--cores", "1")

@@ -17,6 +17,7 @@ from pipeline.job import Job
 from pipeline.params import PARAMS_FILE, load
 
 Cells = Mapping[str, str]
+MISSING = "missing"  # as pipeline.writing has it, which needs pandas
 MAIN_FILES = 6  # files listed for each run; all of them are in its manifest
 
 
@@ -32,18 +33,19 @@ def main(argv: Sequence[str]) -> int:
     for number in choose(rows, options.row, options.table):
         cells = rows[number - 1]
         print(f"{options.table}, row {number}: " + ", ".join(f"{key} {value}" for key, value in cells.items() if value))
-        run = cells.get("run", "")
-        if not run:
-            print(f"  a published number: {citation(options.table, cells)}; nothing here was run for it")
-        elif run not in made:
-            raise PipelineError(
-                f"{options.table}: row {number}: run {run} is not in runs/; was the table made elsewhere? "
-                "`dvc pull` brings its outputs, or make it again"
-            )
-        elif run in shown:
-            print("  the same run as above")
-        else:
-            show(run, made, "  ", "", shown)
+        runs = (cells.get("run") or cells.get("runs") or "").split()  # several of repeated trainings, and of a claim
+        if not runs:
+            print(f"  {unmade(options.table, cells)}; nothing here was run for it")
+        for run in runs:
+            if run not in made:
+                raise PipelineError(
+                    f"{options.table}: row {number}: run {run} is not in runs/; was the table made elsewhere? "
+                    "`dvc pull` brings its outputs, or make it again"
+                )
+            if run in shown:
+                print("  the same run as above")
+            else:
+                show(run, made, "  ", "", shown)
     return 0
 
 
@@ -71,13 +73,20 @@ def choose(rows: Sequence[Cells], word: str, file: Path) -> list[int]:
     for names in (
         lambda cells: cells.get("run", ""),
         lambda cells: cells.get("method", "") if cells.get("run") else "",
-        lambda cells: cells.get("method", ""),
+        lambda cells: cells.get("method") or cells.get("id", ""),
     ):
         found = [number for number, cells in enumerate(rows, 1) if names(cells).lower() == word.lower()]
         if found:
             return found
-    known = sorted({cells.get(key, "") for cells in rows for key in ("run", "method")} - {""})
+    known = sorted({cells.get(key, "") for cells in rows for key in ("run", "method", "id")} - {""})
     raise PipelineError(f"{file}: no row is called {word}; {suggestion(word, known, 'rows')}")
+
+
+def unmade(table: Path, cells: Cells) -> str:
+    """Why a row has no run: it was published, or not run, or counted from the parameters."""
+    if MISSING in cells.values():
+        return f"{MISSING}: not run at this scale"
+    return "a count, not a run" if "verdict" in cells else f"a published number: {citation(table, cells)}"
 
 
 def citation(table: Path, cells: Cells) -> str:

@@ -37,6 +37,12 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+NOTE = """\
+Runs form a tree: below a model's run are its evaluations, below a teacher's its students.
+Curves are over images seen: `loss`, `tangent_norm`, `grad_norm` of a training; `eval/<steps>-step/fid` (`_se`, `guidance`, `nfe`,
+`precision`, `recall`) of what was measured of a model, on its own run and on that of its evaluation; `eval/fid` at its most steps.
+Tags to filter and group by: `scm.stage`, `scm.slot`, `scm.size`, `scm.method` (the name in params.yaml), `scm.objective`, `scm.seed`.
+`select/…` and `report/…` of an evaluation are over guidance, in hundredths. More: docs/runs.md."""
 BATCH = 500  # records per request; MLflow takes at most 1,000, of which 100 parameters and 100 tags
 _clients: dict[str, MlflowClient] = {}
 
@@ -131,21 +137,28 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _send_events(folder: Path, run: str, found: list[dict[str, Any]]) -> None:
     store = client()
     metrics: list[Metric] = []
+    about: list[Metric] = []  # the model that this run measures
     tags: dict[str, str] = {}
 
     def flush() -> None:
         for start in range(0, len(metrics), BATCH):
             store.log_batch(run, metrics=metrics[start : start + BATCH])
+        if about and (model := _model_run(run)) is not None:
+            for start in range(0, len(about), BATCH):
+                store.log_batch(model, metrics=about[start : start + BATCH])
         items = [RunTag(key, value) for key, value in tags.items()]
         for start in range(0, len(items), 100):
             store.log_batch(run, tags=items[start : start + 100])
         metrics.clear()
+        about.clear()
         tags.clear()
 
     for event in found:
         kind = event["event"]
-        if kind == "metrics":
-            metrics += [Metric(k, float(v), event["time"], event["step"]) for k, v in event["values"].items()]
+        if kind in ("metrics", "model"):
+            found_here = [Metric(k, float(v), event["time"], event["step"]) for k, v in event["values"].items()]
+            metrics += found_here
+            about += found_here if kind == "model" else []
         elif kind in ("tag", "begin"):
             tags |= event["tags"]
             if kind == "begin":
@@ -159,6 +172,16 @@ def _send_events(folder: Path, run: str, found: list[dict[str, Any]]) -> None:
             flush()
             store.set_terminated(run, event["status"], event["time"])
     flush()
+
+
+def _model_run(run: str) -> str | None:
+    """The run of the model that a run measures, its parent; None if it is not in the store: it was made elsewhere, or deleted."""
+    store = client()
+    parent = store.get_run(run).data.tags.get("mlflow.parentRunId", "")
+    if not parent or not _exists(parent):
+        return None
+    found = store.get_run(parent)
+    return None if "scm.root" in found.data.tags or found.info.lifecycle_stage != "active" else parent
 
 
 def _create(folder: Path, header: dict[str, Any]) -> str:
@@ -197,7 +220,9 @@ def scale_root(scale: str) -> tuple[str, str]:
         if experiment is None:
             local = uri().startswith("sqlite:")
             artifacts = (paths.root() / "mlartifacts" / name).as_uri() if local else None
-            experiment_id = store.create_experiment(name, artifact_location=artifacts)
+            # The kind spares the interface its question; the note stands above the list of runs.
+            tags = {"mlflow.note.content": NOTE, "mlflow.experimentKind": "custom_model_development"}
+            experiment_id = store.create_experiment(name, artifact_location=artifacts, tags=tags)
         else:
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":

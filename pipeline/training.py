@@ -90,7 +90,7 @@ def run_training(
 ) -> TrainState:
     """Train as `engine` says, with checkpoints in the job's working folder, metrics to the tracker by images seen, and a progress display.
 
-    Companions train with the same settings, but without an average. On processes other than the first this does not return.
+    Companions train with `settings_beside`. On processes other than the first this does not return.
     """
     heads, companions = heads or {}, companions or {}
     with together(ctx.job, engine.processes) as ranks, StopRequest(budget(engine)) as stop:
@@ -98,15 +98,7 @@ def run_training(
         for name, other in companions.items():
             for module in (other.net, *other.heads.values()):
                 module.to(ranks.device)
-            own = replace(
-                settings,
-                seed=derive_seed(settings.seed, name),  # noise of its own
-                ema_sigma_rel=None,
-                ema_half_life=None,
-                snapshots=(),
-                snapshot_every=0,
-            )
-            beside[name] = TrainState(other.net, own, other.heads, ranks=ranks)
+            beside[name] = TrainState(other.net, settings_beside(settings, name, other), other.heads, ranks=ranks)
         for module in (net, *heads.values()):
             module.to(ranks.device)
         if engine.compile:
@@ -138,6 +130,19 @@ def run_training(
         if not ranks.first:
             raise RankDone
     return state
+
+
+def settings_beside(settings: TrainSettings, name: str, other: Companion) -> TrainSettings:
+    """A companion's: those of the student but for the noise, the learning rate, if it has one, and averages, which nobody asks it for."""
+    return replace(
+        settings,
+        seed=derive_seed(settings.seed, name),
+        lr=settings.lr if other.lr is None else other.lr,
+        ema_sigma_rel=None,
+        ema_half_life=None,
+        snapshots=(),
+        snapshot_every=0,
+    )
 
 
 def budget(engine: Engine) -> float | None:

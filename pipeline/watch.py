@@ -3,6 +3,7 @@
 
 The engine's own output goes to `runs/.logs/<engine>.log`. In a terminal there is a bar for each running job and one
 for everything; elsewhere a plain line for each running job every quarter of a minute, and one for each that ends.
+Without a command: `pipeline.live`, a table of the runs that others have started.
 """
 
 import os
@@ -32,8 +33,12 @@ POLL_SECONDS = 1.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command and returns its exit status; on failure prints what went wrong from its log."""
+    """Runs the command and returns its exit status; on failure prints what went wrong from its log. Without one shows what runs now."""
     command = list(argv)
+    if not command or (command[0] != "--" and command[0].startswith("-")):
+        from pipeline.live import main as show_runs
+
+        return show_runs(command)
     if command[:1] == ["--"]:
         command = command[1:]
     if not command:

@@ -4,7 +4,7 @@
 import pandas as pd
 
 from pipeline.context import Context
-from pipeline.tables import measured_points
+from pipeline.measured import measured_points
 
 
 def run(ctx: Context) -> None:

@@ -34,6 +34,8 @@ def run(ctx: Context) -> None:
     pd.DataFrame(rows, columns=["space", "samples", *NUMBERS, "key"]).to_csv(ctx.out / paths.FLOOR_ROWS, index=False)
     distances = {SPACES[space].distance: values for space, values in found.items()}
     model = load_model(ctx.inputs["vae"] / VAE_FILE)
+    reported = {name: values["fid"] for name, values in distances.items()}
+    reported |= {f"{name}_se": values["fid_se"] for name, values in distances.items()}
     facts = {
         "run": ctx.run_id,
         "latents_run": subject.name,
@@ -41,11 +43,11 @@ def run(ctx: Context) -> None:
         "dataset": data,
         "samples": len(subject),
         "reference_images": references[how.spaces[0]].count,
-        "reported": {name: values["fid"] for name, values in distances.items()}
-        | {f"{name}_se": values["fid_se"] for name, values in distances.items()},
+        "reported": reported,
         "features": {space: f"{r.extractor} ({r.features.shape[1]}-d)" for space, r in references.items()},
     }
     (ctx.out / paths.FLOOR).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    (ctx.out / paths.METRICS).write_text(json.dumps({"reconstruction": reported}, indent=1, sort_keys=True) + "\n")
     for name, values in distances.items():
         ctx.tracker.set_tag(f"reconstruction.{name}", f"{values['fid']:.4f} ± {values['fid_se']:.4f}")
         ctx.tracker.log_metrics(

@@ -23,6 +23,8 @@ def run(ctx: Context) -> None:
     torch.manual_seed(derive_seed(seed, "init"))  # of the guidance input; the rest is the teacher's
     dropout = slot.sizes[size].network.dropout(wanted)
     net, config = student_of(teacher, guidance_input=wanted.guidance is not None, **dropout)
+    if "start" in ctx.inputs:
+        net.load_state_dict(load_model(ctx.inputs["start"] / MODEL).net.state_dict())
     method = METHODS[wanted.method](net, teacher.net, slot.sigma_data, data.shape, **wanted.options())
     engine = slot.sizes[size].engine
     teacher.net.to(own_device())
@@ -47,4 +49,6 @@ def run(ctx: Context) -> None:
     grids(state)  # not left to the loop: a job killed after its last checkpoint has no iteration to run
     inherited = {key: teacher.info[key] for key in ("licence", "imported") if key in teacher.info}
     facts = {"sigma_data": slot.sigma_data, "method": wanted.method, "teacher": ctx.input_runs["teacher"]}
+    if "start" in ctx.inputs:
+        facts["start"] = ctx.input_runs["start"]
     save_average(ctx, state, config, **facts, **inherited)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scm_core.nn import dual
 from scm_core.nn.dual import Maybe, check_pair, value_of
-from scm_core.nn.embedding import PositionalEmbedding
+from scm_core.nn.embedding import Embedding, NoiseInput, TimeEmbedding
 from scm_core.nn.layers import MPLinear, mp_silu
 from scm_core.nn.network import TRUNK, Precision
 from scm_core.nn.small import RESIDUAL_BALANCE
@@ -39,14 +39,26 @@ class PointBlock(nn.Module):
 class MLP(nn.Module):
     """F(x_t/σ_d, t) for points x of shape (B, dim), unconditional; on `Dual`s for x and t it returns the pair (F, dF).
 
-    `precision` is the format of everything between the embeddings of x and t and the output, as in `Network`.
+    `precision` is the format of everything between the embeddings of x and t and the output, as in `Network`; what embeds the time is as in
+    `TimeEmbedding`.
     Raises ValueError for arguments out of range; and, when called, for points of another dimension, t or tangents that do not fit them,
     half-precision t, and labels or guidance, for which it has no input.
     """
 
     supports_dual = True
 
-    def __init__(self, dim: int, width: int, blocks: int, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        blocks: int,
+        precision: Precision = "fp32",
+        embedding: Embedding = "positional",
+        c_noise: NoiseInput = "t",
+        fourier_scale: float = 1.0,
+        fourier_seed: int = 0,
+        sigma_data: float = 0.5,
+    ) -> None:
         super().__init__()
         check_channels("dim", dim, 1)
         check_channels("width", width)
@@ -55,7 +67,7 @@ class MLP(nn.Module):
         if precision not in TRUNK:
             raise ValueError(f"precision: expected one of {', '.join(TRUNK)}, got {precision!r}")
         self.dim, self.trunk = dim, TRUNK[precision]
-        self.time = PositionalEmbedding(width)
+        self.time = TimeEmbedding(width, embedding, c_noise, fourier_scale, fourier_seed, sigma_data)
         self.embed_time = MPLinear(width, 2 * width)
         self.linear_in = MPLinear(dim * (1 + 2 * len(FREQUENCIES)) + 1, width)  # + 1: a column of ones for the bias
         self.blocks = nn.ModuleList(PointBlock(width, 2 * width) for _ in range(blocks))

@@ -47,11 +47,12 @@ class Objective(Protocol):
 
 
 class Companion(NamedTuple):
-    """A network that is trained beside the student: itself, its weighting heads, and its objective."""
+    """A network that is trained beside the student: itself, its weighting heads, its objective, its learning rate (None: the student's)."""
 
     net: nn.Module
     heads: Mapping[str, nn.Module]
     objective: Objective
+    lr: float | None = None
 
 
 class Method(NamedTuple):

@@ -126,7 +126,8 @@ class VsdObjective:
     """L_VSD of the generator (`vsd_losses`): F_teacher, guided by s where there is a range, against F_φ, neither with dropout (App. C).
 
     ln(σ_d tan t) ~ N(P_mean, P_std²); `logvar` is the head w of L_VSD or None (no adaptive weighting). With `fake_guidance` F_φ is told s.
-    Raises ValueError for a proposal out of range, and when called as `OneStepSampler` does.
+    In the first `delay` iterations F_φ learns alone: the loss moves w, and no weight of the generator.
+    Raises ValueError for a proposal out of range and a negative delay, and when called as `OneStepSampler` does.
     """
 
     def __init__(
@@ -138,8 +139,12 @@ class VsdObjective:
         P_mean: float,
         P_std: float,
         fake_guidance: bool,
+        delay: int = 0,
     ) -> None:
         check_proposal(P_mean, P_std, "vsd_")
+        if delay < 0:
+            raise ValueError(f"vsd_delay: expected a number of iterations >= 0, got {delay}")
+        self.delay = delay
         self.make, self.teacher, self.fake, self.logvar = make, teacher, fake, logvar
         self.P_mean, self.P_std, self.fake_guidance = P_mean, P_std, fake_guidance
 
@@ -159,6 +164,8 @@ class VsdObjective:
         scalars = {"vsd_error": mean_square(F_teacher - F_fake).mean()}
         if logvar is not None:
             scalars["vsd_logvar"] = logvar.detach().mean()
+        if iteration < self.delay:
+            x0 = x0.detach() + 0 * x0  # with a gradient, which is zero
         losses = vsd_losses(x0, F_teacher, F_fake, logvar)
         return Terms(losses.mean(), scalars, t, losses.detach())
 
@@ -215,11 +222,14 @@ def vsd(
     fake_P_mean: float = -0.8,
     fake_P_std: float = 1.6,
     fake_guidance: bool = True,
+    fake_lr: float | None = None,
+    vsd_delay: int = 0,
 ) -> Method:
     """Adaptive VSD (App. C, whose proposals are the defaults): the student is the generator, F_φ the companion `fake`.
 
     `guidance` is the range of s ~ U[low, high] for teacher and student; `fake_guidance`: F_φ is told s as well, for it has to model the
-    samples *given* s (the mixture over s is another distribution, of another score).
+    samples *given* s (the mixture over s is another distribution, of another score). `fake_lr` is F_φ's learning rate, None the student's;
+    in the first `vsd_delay` iterations it learns alone.
 
     Raises ValueError for options out of range, without a teacher, and for `fake_guidance` where the student has no guidance input.
     """
@@ -230,8 +240,8 @@ def vsd(
     heads: dict[str, nn.Module] = {"vsd_logvar": LogVarHead(bias=0.0)} if adaptive_weighting else {}
     # the diffusion loss of v_t, whose elements have the variance σ_d²: e^{w} σ_d² = 1
     own = LogVarHead(bias=-2 * math.log(sigma_data))
-    companion = Companion(fake, {"logvar": own}, FakeObjective(make, fake, own, fake_P_mean, fake_P_std, told))
-    objective = VsdObjective(make, teacher, fake, heads.get("vsd_logvar"), vsd_P_mean, vsd_P_std, told)
+    companion = Companion(fake, {"logvar": own}, FakeObjective(make, fake, own, fake_P_mean, fake_P_std, told), fake_lr)
+    objective = VsdObjective(make, teacher, fake, heads.get("vsd_logvar"), vsd_P_mean, vsd_P_std, told, vsd_delay)
     return Method(objective, heads, {"fake": companion})
 
 
@@ -249,6 +259,8 @@ def scd_vsd(
     fake_P_mean: float = -0.8,
     fake_P_std: float = 1.6,
     fake_guidance: bool = True,
+    fake_lr: float | None = None,
+    vsd_delay: int = 0,
     **options: Any,
 ) -> Method:
     """sCD + VSD: L_sCD + λ L_VSD, λ = `vsd_weight` (App. C: 1); `options` are those of `scd`, the others those of `vsd`.
@@ -269,6 +281,8 @@ def scd_vsd(
         fake_P_mean=fake_P_mean,
         fake_P_std=fake_P_std,
         fake_guidance=fake_guidance,
+        fake_lr=fake_lr,
+        vsd_delay=vsd_delay,
     )
     objective = SumObjective(first.objective, second.objective, vsd_weight)
     return Method(objective, {**first.heads, **second.heads}, second.companions)

@@ -13,7 +13,7 @@ import torch
 from scm_core.ema import save_snapshot
 from scm_core.objectives import Batch, Objective, Terms
 from scm_core.train.checkpoint import Checkpoint, CheckpointStore
-from scm_core.train.distributed import StopVote, synchronized
+from scm_core.train.distributed import Ranks, StopVote, synchronized
 from scm_core.train.guard import settle
 from scm_core.train.monitor import Monitor
 from scm_core.train.resume import check_unchanged
@@ -74,8 +74,9 @@ def train(
     with ExitStack() as stack:
         if store is not None and ranks.first:
             stack.enter_context(store.locked())
+        interval = Interval()
         if store is not None:
-            resume(state, store, monitor, hooks, continuation)
+            resume(state, store, monitor, interval, hooks, continuation)
         trained = synchronized(objective, state.modules(), ranks)
         beside = {
             name: synchronized(other, state.companions[name].modules(), ranks)
@@ -83,7 +84,7 @@ def train(
         }
         if ranks.first:
             hooks.start(state.iteration)
-        interval = Interval()
+        interval.begin()
         state.train()
         while state.iteration < settings.iterations:
             interval.add(train_step(state, trained, data(state.iteration), beside))
@@ -99,7 +100,7 @@ def train(
                     hooks.progress(state.iteration, scalars)
             if store is not None:
                 if state.iteration % settings.checkpoint_every == 0 or last or stopping:
-                    save(state, store, monitor, continuation)
+                    save(state, store, monitor, interval, continuation)
                 store.check()
             if ranks.first and settings.snapshot_every and state.iteration % settings.snapshot_every == 0:
                 write_snapshots(state, snapshots)
@@ -117,7 +118,12 @@ def train(
 
 
 def resume(
-    state: TrainState, store: CheckpointStore, monitor: Monitor, hooks: Hooks, continuation: Continuation
+    state: TrainState,
+    store: CheckpointStore,
+    monitor: Monitor,
+    interval: "Interval",
+    hooks: Hooks,
+    continuation: Continuation,
 ) -> None:
     """Take over the newest valid checkpoint, the same on every process: the first one looks for it."""
     ranks = state.ranks
@@ -133,18 +139,22 @@ def resume(
     state.restore(checkpoint.tensors, checkpoint.meta, str(checkpoint.path))
     if "monitor" in checkpoint.meta:
         monitor.restore(checkpoint.meta["monitor"])
+    interval.earlier = checkpoint.meta.get("interval", {})
     if ranks.first:
         hooks.message(
             f"resumed from {checkpoint.path.name}: {state.iteration} of {state.settings.iterations} iterations"
         )
 
 
-def save(state: TrainState, store: CheckpointStore, monitor: Monitor, continuation: Continuation) -> None:
+def save(
+    state: TrainState, store: CheckpointStore, monitor: Monitor, interval: "Interval", continuation: Continuation
+) -> None:
     """Hand a checkpoint of the present state to the store, which writes it while training goes on."""
     settle(state)
+    begun = interval.state(state.ranks)
     tensors = state.tensors()  # on every process: they may have parts of it
     if state.ranks.first:
-        meta = {**state.meta(), "identity": dict(continuation.identity), "monitor": monitor.state()}
+        meta = {**state.meta(), "identity": dict(continuation.identity), "monitor": monitor.state(), "interval": begun}
         store.save_async(state.iteration, tensors, meta)
 
 
@@ -170,21 +180,43 @@ def report_skipped(state: TrainState, hooks: Hooks, name: str = "") -> None:
 
 
 class Interval:
-    """The scalars of the steps since the last log, left on the device until they are asked for."""
+    """The scalars of the steps since the last log, left on the device until they are asked for.
+
+    A checkpoint in the middle of an interval keeps those that it has (`earlier`, by name), so that a resumed run logs what an uninterrupted
+    one would have.
+    """
 
     def __init__(self) -> None:
         self.terms: list[dict[str, torch.Tensor]] = []
+        self.earlier: dict[str, list[float]] = {}
+        self.since = time.perf_counter()
+
+    def begin(self) -> None:
+        """The clock starts."""
         self.since = time.perf_counter()
 
     def add(self, terms: Terms) -> None:
         """Another step."""
         self.terms.append({"loss": terms.loss, **terms.scalars})
 
+    def state(self, ranks: Ranks) -> dict[str, list[float]]:
+        """The scalars of each step so far by name, means over the processes: call it on every process."""
+        table = {key: values.tolist() for key, values in self._table().items()}
+        flat = ranks.mean({f"{key} {at}": value for key, values in table.items() for at, value in enumerate(values)})
+        return {key: [flat[f"{key} {at}"] for at in range(len(values))] for key, values in table.items()}
+
+    def _table(self) -> dict[str, torch.Tensor]:
+        if not self.terms:
+            return {key: torch.tensor(values) for key, values in self.earlier.items()}
+        table = {key: torch.stack([one[key].float() for one in self.terms]).cpu() for key in self.terms[0]}
+        if self.earlier.keys() == table.keys():  # others are of other settings
+            table = {key: torch.cat([torch.tensor(self.earlier[key]), values]) for key, values in table.items()}
+        return table
+
     def close(self, state: TrainState) -> Scalars:
         """Means over the steps that were applied (one NaN would hide the others) and over the processes; begins the next interval."""
         settle(state)
-        count, terms = len(self.terms), self.terms
-        table = {key: torch.stack([one[key].float() for one in terms]).cpu() for key in terms[0]}
+        count, table = len(self.terms), self._table()
         scalars = {}
         for key, values in table.items():
             owner = key.rpartition("/")[0]
@@ -196,5 +228,5 @@ class Interval:
         scalars |= {f"{name}/skipped_steps": float(other.skipped) for name, other in state.companions.items()}
         now = time.perf_counter()
         scalars["images_per_second"] = count * state.settings.batch / (now - self.since)
-        self.terms, self.since = [], now
+        self.terms, self.earlier, self.since = [], {}, now
         return scalars

@@ -54,7 +54,7 @@ def cli(tmp_path: Path) -> Cli:
             "slurmm: unknown launcher; did you mean 'slurm'?",
         ),
         (("run", "teacher", "--bogus"), "--bogus"),
-        (("plan", "reports/table3.csv"), "reports/table3.csv: unknown target"),
+        (("plan", "reports/table9.csv"), "reports/table9.csv: unknown target"),
         (("plan", "--cores", "0"), "--cores 0: must be at least 1"),
         (("plan", "--gpus", "0", "--scale", "paper"), "--gpus 0: must be at least 1"),
         (("plan", "--gpus", "8"), "--gpus 8: scale demo has no section hardware, so its jobs use no GPUs"),
@@ -118,7 +118,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_of_a_fresh_clone(cli: Cli) -> None:
     done = cli("plan", "reports/table2.csv", "--cores", "2")
     assert done.returncode == 0
-    assert "19 of 19 jobs to do" in done.stdout
+    assert "23 of 23 jobs to do" in done.stdout
     assert "figure2" not in done.stdout
     assert "estimated" in done.stdout
     assert re.search(r"^longest path .*: dataset-latent_guided → .* → table2$", done.stdout, re.MULTILINE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline import costs
+from pipeline import costs, passes
 from pipeline.networks import Items, Network
 from pipeline.params import load
 from scm_core.compat import prepare_torchvision
@@ -72,7 +72,7 @@ def test_a_teachers_step_costs_what_is_counted(checkpointing: bool) -> None:
     network = section(checkpointing=checkpointing)
     net = build_network({**network.config(0.5), **ITEMS._asdict()}).train()
     objective = DiffusionObjective(net, LogVarHead(0.0), 0.5, -0.4, 1.0, 0.1)
-    expected = costs.TEACHER.total(guided=False, checkpointing=checkpointing) * network.flops(ITEMS)
+    expected = passes.TEACHER.total(guided=False, checkpointing=checkpointing) * network.flops(ITEMS)
     assert counted(objective, {}) == pytest.approx(expected, rel=0.03)
 
 
@@ -85,12 +85,12 @@ def test_a_students_step_costs_what_is_counted(method: str, guided: bool) -> Non
     options = {**OPTIONS[method], "guidance": (1.0, 2.0) if guided else None}
     shape = (ITEMS.channels, ITEMS.resolution, ITEMS.resolution)
     made = METHODS[method](net, teacher, 0.5, shape, **options)
-    expected = costs.STUDENTS[method].total(guided, checkpointing=False) * network.flops(ITEMS)
+    expected = passes.STUDENTS[method].total(guided, checkpointing=False) * network.flops(ITEMS)
     assert counted(made.objective, dict(made.companions)) == pytest.approx(expected, rel=0.05)
 
 
 def test_every_method_has_its_passes() -> None:
-    assert costs.STUDENTS.keys() == METHODS.keys()
+    assert passes.STUDENTS.keys() == METHODS.keys()
 
 
 def test_the_demos_rate_is_that_of_its_measured_run() -> None:

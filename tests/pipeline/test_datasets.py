@@ -32,6 +32,7 @@ from scm_core.objectives.diffusion import DiffusionObjective
 from scm_core.sampling import sample_diffusion
 from scm_core.train.state import TrainSettings, TrainState
 from scm_core.train.step import train_step
+from tests.pipeline.plain import plain
 from tests.scm_core.replicas import (
     cifar10_archive,
     class_tars,
@@ -223,7 +224,7 @@ GOOD: dict[str, dict[str, Any]] = {
     ],
 )  # fmt: skip
 def test_impossible_sections_are_refused(source: str, change: Mapping[str, Any], words: str) -> None:
-    data = yaml.safe_load(Path("params.yaml").read_text())
+    data = plain()
     slots = data["scales"]["smoke"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
     slots["pixel_cond"] = {**slot, "dataset": {**GOOD[source], **change}}
@@ -244,7 +245,7 @@ def repository(repo_copy: Path, user_env: Callable[[Path], dict[str, str]], tmp_
     """Runs stage dataset in a copy of the repository, whose slot pixel_cond has that section."""
 
     def run(section: Mapping[str, Any]) -> "subprocess.CompletedProcess[str]":
-        params = yaml.safe_load((repo_copy / "params.yaml").read_text())
+        params = plain()
         slots = params["scales"]["smoke"]["slots"]
         slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
         slot["sizes"] = {"S": slot["sizes"]["S"]}

@@ -63,6 +63,14 @@ def test_sync_reads_every_file_before_it_tells_the_engines(repo: Any) -> None:
     """A file of the right size and other content is what only the digests show."""
     for stage in ("first", "second", "report"):
         repo.run(stage)
+    (repo.root / "dvc.yaml").write_text("stages: {first: {}, report: {}}\n")
+    told = sync(repo)
+    assert (told.code, told.out) == (2, "")
+    assert (
+        "dvc.yaml: has no second, so it is not that of scale tiny; make it with: python -m pipeline dvc > dvc.yaml"
+        in told.err
+    )
+    (repo.root / "dvc.yaml").write_text("stages: {first: {}, second: {}, report: {}}\n")
     told = sync(repo)
     assert (told.code, told.err) == (0, "")
     assert "dvc commit --force --quiet first second report" in told.out

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -153,30 +153,77 @@ def test_snakemake_names_a_fault_in_params(repository: Path, run: Run) -> None:
     assert done.stderr.strip() == f"error: params.yaml: {key}: must be at least 0, got -1"
 
 
-@pytest.mark.slow
-def test_dvc_shows_the_fids_and_plots_the_sweeps(repository: Path, run: Run) -> None:
-    """Of the scale that params.yaml names, from files in the evaluations' folders."""
-    jobs = [job for job in registry.jobs(load(repository / "params.yaml")) if job.stage == "evaluate"]
-    folders = [repository / job.outputs[0] for job in jobs]
-    try:
-        for number, folder in enumerate(folders):
-            folder.mkdir(parents=True)
-            (folder / "evaluation.json").write_text(json.dumps({"reported": {"1-step": {"fid": number}}}))
-            (folder / "sweep.csv").write_text(f"phase,steps,guidance,fid\nreport,1,1.0,{number}\n")
-        floor = next(
-            job.outputs[0] for job in registry.jobs(load(repository / "params.yaml")) if job.stage == "reconstruction"
+@pytest.fixture
+def measured(repository: Path) -> Iterator[list[Path]]:
+    """The folders of all trainings and evaluations of the scale that params.yaml names, with a few made-up numbers in them."""
+    made = []
+    for number, job in enumerate(registry.jobs(load(repository / "params.yaml"))):
+        folder = repository / job.outputs[0]
+        if job.stage not in ("teacher", "student", "evaluate", "reconstruction"):
+            continue
+        folder.mkdir(parents=True)
+        made.append(folder)
+        (folder / "metrics.json").write_text(json.dumps({"1-step": {"fid": number}}))
+        (folder / "training.csv").write_text(f"nimg,loss\n64,{number}\n128,{number + 1}\n")
+        (folder / "summary.csv").write_text(f"nimg,steps,guidance,fid,fid_se\n128,1,1.0,{number},0.5\n")
+        (folder / "sweep.csv").write_text(
+            f"phase,steps,guidance,ema,nimg,fid,fid_se\nselect,1,1.0,,,{number},0.5\nselect,1,1.5,,,{number},0.5\n"
         )
-        (repository / floor).mkdir(parents=True)
-        (repository / floor / "reconstruction.json").write_text(json.dumps({"reported": {"fid": 0.5}}))
-        metrics = json.loads(run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
-        plots = json.loads(run("dvc", "plots", "show", "--json").stdout)["data"]
-    finally:
-        shutil.rmtree(repository / "runs")
-    assert metrics.pop(f"{floor}/reconstruction.json")["data"]["reported"] == {"fid": 0.5}
-    shown = {name: file["data"]["reported"]["1-step"]["fid"] for name, file in metrics.items()}
-    assert shown == {f"{job.outputs[0]}/evaluation.json": number for number, job in enumerate(jobs)}
-    points = plots["FID by guidance"][0]["content"]["data"]["values"]
-    assert [(point["guidance"], point["fid"]) for point in points] == [("1.0", str(n)) for n in range(len(jobs))]
+    yield made
+    shutil.rmtree(repository / "runs")
+
+
+def parts(repository: Path, made: list[Path], stage: str) -> dict[str, str]:
+    """The folders of a stage, relative to the repository and to the others of their slot and size."""
+    folders = [folder.relative_to(repository) for folder in made if stage in folder.parts]
+    return {folder.as_posix(): folder.name for folder in folders}
+
+
+@pytest.mark.slow
+def test_dvc_shows_the_metrics_of_every_evaluation(repository: Path, run: Run, measured: list[Path]) -> None:
+    """Of the scale that params.yaml names, from files in the evaluations' folders."""
+    shown = json.loads(run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    expected = {**parts(repository, measured, "evaluate"), **parts(repository, measured, "reconstruction")}
+    assert set(shown) == {f"{folder}/metrics.json" for folder in expected}
+    for name, file in shown.items():
+        assert file["data"] == json.loads((repository / name).read_text())
+
+
+@pytest.mark.slow
+def test_dvc_plots_every_training_and_evaluation(repository: Path, run: Run, measured: list[Path]) -> None:
+    """By the project's own templates, with each point of each file in the picture that it belongs to, and errors where there are some."""
+    done = run("dvc", "plots", "show", "--json")
+    assert done.returncode == 0, done.stderr
+    plots = json.loads(done.stdout)
+    assert not plots.get("errors"), plots["errors"]
+    found: dict[str, list[float]] = {}
+    for title, (plot, *_) in plots["data"].items():
+        content = json.dumps(plot["content"])
+        assert "<DVC_METRIC_" not in content, title
+        rows = plot["content"]["data"]["values"]
+        assert rows, title
+        if title.startswith("FID"):
+            assert {"low", "high"} <= set(re.findall(r'"field": "(\w+)"', content)), title
+            assert {row["fid_se"] for row in rows} == {"0.5"}
+        kind = title.partition(",")[0]
+        found.setdefault(kind, []).extend(float(row["loss" if "Loss" in kind else "fid"]) for row in rows)
+    numbers = {
+        stage: [
+            json.loads((repository / folder / "metrics.json").read_text())["1-step"]["fid"]
+            for folder in parts(repository, measured, stage)
+        ]
+        for stage in ("teacher", "student", "evaluate")
+    }
+    # the evaluations of teachers lie in folders of the same name, two below `evaluate`
+    teachers = [
+        n
+        for n, folder in zip(numbers["teacher"], parts(repository, measured, "teacher"), strict=True)
+        if "evaluate" not in folder
+    ]
+    assert sorted(found["Loss of teachers"]) == sorted([*teachers, *(n + 1 for n in teachers)])
+    assert sorted(found["Loss of students"]) == sorted([*numbers["student"], *(n + 1 for n in numbers["student"])])
+    assert sorted(found["FID along training"]) == sorted(numbers["evaluate"])
+    assert sorted(found["FID by guidance"]) == sorted(2 * numbers["evaluate"])
 
 
 @pytest.mark.slow

@@ -23,13 +23,14 @@ from pipeline import evaluate as command
 from pipeline.context import Context
 from pipeline.errors import PipelineError
 from pipeline.job import Job
-from pipeline.params import Params, read_yaml, validate
+from pipeline.measured import measured_points
+from pipeline.params import Params, validate
 from pipeline.ranks import Silent
 from pipeline.results import read
 from pipeline.stages import dataset, evaluate, evaluations, features, reference
-from pipeline.tables import measured_points
 from scm_core.ema import save_snapshot
 from scm_core.nn.build import build_network, save_model
+from tests.pipeline.plain import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = {"slot": "pixel_cond"}
@@ -38,7 +39,7 @@ TEACHER = {**SLOT, "size": "S", "method": "teacher"}
 
 def smallest() -> dict[str, Any]:
     """params.yaml with MNIST at 16×16 in pixels at scale smoke, with as little training and sampling as there can be."""
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     data["scale"] = "smoke"
     slots = data["scales"]["smoke"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}

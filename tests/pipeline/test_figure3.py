@@ -33,6 +33,9 @@ class Silent:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""
 
+    def log_model(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Keeps the name."""
         self.files.append(path.name)

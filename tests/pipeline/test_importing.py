@@ -20,12 +20,13 @@ from pipeline.doctorfiles import checks
 from pipeline.errors import PipelineError
 from pipeline.importing import fault
 from pipeline.networks import Network
-from pipeline.params import ParamsError, read_yaml, validate
+from pipeline.params import ParamsError, validate
 from pipeline.stages import dataset, evaluate, features, reference, student, teacher
 from scm_core.compat import prepare_torchvision
 from scm_core.interop import read_edm, read_edm2
 from scm_core.interop.teachers import misfit
 from scm_core.nn.build import load_model
+from tests.pipeline.plain import plain
 from tests.pipeline.test_latent_slot import context_of
 from tests.scm_core.network_pickles import edm2_pickle, edm_pickle
 
@@ -67,7 +68,7 @@ def digest(path: Path) -> str:
 
 def parameters(weights: Path, **changes: Any) -> dict[str, Any]:
     """Scale smoke with one pixel slot of digits, as little training as there can be, and an imported teacher of size S."""
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     slots = data["scales"]["smoke"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2", "sizes")}
     slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}
@@ -213,7 +214,7 @@ def test_the_section_is_checked(weights: Path, changes: dict[str, Any], words: s
 def test_latents_must_be_those_that_the_network_is_for(tmp_path: Path) -> None:
     """EDM2's are of images in [0, 1], with statistics of their own."""
     network = read_edm2(edm2_pickle(tmp_path / "trap", channels=4, labels=10).write(tmp_path / "a.pkl"))
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     data["scale"] = "smoke"
     slot = data["scales"]["smoke"]["slots"]["latent_guided"]
     statistics = {"mean": [5.81, 3.25, 0.12, -2.15], "std": [4.17, 4.62, 3.71, 3.28]}

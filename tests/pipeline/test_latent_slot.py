@@ -22,7 +22,7 @@ from pipeline.context import Context
 from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.modelling import Decoder, load_vae
-from pipeline.params import Params, read_yaml, validate
+from pipeline.params import Params, validate
 from pipeline.paths import MANIFEST
 from pipeline.ranks import Silent
 from pipeline.stages import dataset, evaluate, features, latents, reconstruction, reference, student, teacher, vae
@@ -34,6 +34,7 @@ from scm_core.disk import file_digest
 from scm_core.nn import build
 from scm_core.nn.build import save_model
 from scm_core.vae import VAE
+from tests.pipeline.plain import plain
 
 prepare_torchvision()
 diffusers = pytest.importorskip("diffusers")
@@ -68,7 +69,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def smallest(section: dict[str, Any]) -> dict[str, Any]:
     """params.yaml with scikit-learn's digits through this autoencoder at scale smoke, with as little training as there can be."""
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     data["scale"] = "smoke"
     slot = data["scales"]["smoke"]["slots"][SLOT]
     slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}

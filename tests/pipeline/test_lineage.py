@@ -91,6 +91,50 @@ def test_a_chain_of_runs(repo: Any) -> None:
     assert query(repo, "PRAGMA journal_mode") == [("wal",)]
 
 
+MEASURING = """
+def run(ctx):
+    (ctx.out / "size.txt").write_text("256")
+    ctx.tracker.log_model(1280, {"eval/fid": 4.5, "eval/1-step/fid": float("nan")})
+    ctx.tracker.log_model(2560, {"eval/fid": 3.5})
+"""
+
+
+def test_what_is_measured_of_a_model_is_on_the_models_run_too(repo: Any) -> None:
+    """On that of the primary input, over images seen; measured again, the last numbers stand. A model's run that is gone does no harm."""
+    (repo.root / "pipeline/stages/second.py").write_text(MEASURING)
+    for stage in ("first", "second"):
+        done = repo.run(stage, "inline", **ON)
+        assert (done.code, done.err) == (0, ""), done.err
+    found = runs(repo)
+    for run in (one(found, "first"), one(found, "second")):
+        assert run["metrics"]["eval/fid"] == [(1280, 4.5), (2560, 3.5)]
+        assert run["tags"]["scm.seed"] == "0"
+    assert one(found, "first")["status"] == "FINISHED"
+    assert "eval/fid" not in found["scm-tiny"]["metrics"]
+    with sqlite3.connect(repo.root / "mlflow.db", timeout=30) as database:
+        database.execute("UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", (one(found, "first")["id"],))
+    (repo.root / "pipeline/stages/second.py").write_text(MEASURING.replace("3.5", "2.5"))
+    shutil.rmtree(repo.root / "runs/tiny/second")
+    done = repo.run("second", "inline", **ON)
+    assert (done.code, done.err) == (0, ""), done.err
+    assert list((repo.root / "runs/tiny").glob(".lineage/*")) == []
+
+
+def test_the_experiment_says_how_to_compare(repo: Any) -> None:
+    assert repo.run("first", "inline", **ON).code == 0
+    tags = dict(
+        query(
+            repo,
+            "SELECT t.key, t.value FROM experiment_tags t JOIN experiments e USING (experiment_id) WHERE e.name = 'scm-tiny'",
+        )
+    )
+    assert "eval/<steps>-step/fid" in tags["mlflow.note.content"]
+    assert (
+        one(runs(repo), "first")["tags"]["mlflow.note.content"]
+        == "`python -m pipeline run first scale=tiny` makes `runs/tiny/first`"
+    )
+
+
 def test_a_killed_job_keeps_its_run(repo: Any) -> None:
     repo.run("first", "inline")
     job = repo.start("steps", "inline", **ON, STEP_SECONDS="1")  # time enough to be killed after MLflow has been loaded

@@ -17,14 +17,10 @@ from pipeline.params import ParamsError, load, read_yaml, schema, validate
 from pipeline.registry import jobs
 from scm_core.evaluate.classifier import Classifier
 from scm_core.trigflow import t_max
+from tests.pipeline.plain import plain, plain_text
 
 ROOT = Path(__file__).resolve().parents[2]
-# Without what the sizes are tuned to: their overrides are the tests' own.
-TEXT = re.sub(
-    r"teacher: \{[^{}]*\}, students: \{scd: \{[^{}]*\}, sct: \{[^{}]*\}\}",
-    "teacher: {}, students: {scd: {}, sct: {}}",
-    (ROOT / "params.yaml").read_text(),
-)
+TEXT = plain_text()
 # The teacher's rate in scale demo, whatever it is tuned to.
 TEACHER_LR = r"(?<=\n {10})lr: \S+"
 SLOT = "scales.demo.slots.latent_guided"
@@ -95,7 +91,7 @@ def test_a_size_trains_the_students_that_it_names(write: Write) -> None:
 
 
 def test_a_section_may_lie_below_another(write: Write) -> None:
-    text = edit(r"^        teacher:$", "        teacher: &below")
+    text = edit(r"^        teacher: &demo_teacher$", "        teacher: &below")
     text = edit(r"M: (\{network: [^}]*\},) teacher: \{\}", r"M: \1 teacher: {<<: *below, lr: 0.5}", text)
     slot = load(write(text)).active.slots["latent_guided"]
     assert slot.teacher_for("M").lr == 0.5
@@ -135,9 +131,8 @@ def test_processes_are_laid_out_on_nodes(write: Write, section: str, key: str | 
 
 
 def test_an_evaluation_runs_on_one_node(write: Write) -> None:
-    text = edit(r"^    slots:", f"    {HARDWARE}\n    slots:").replace(
-        "evaluation:\n", "evaluation:\n          processes: 16\n", 1
-    )
+    text = edit(r"^    slots:", f"    {HARDWARE}\n    slots:")
+    text = edit(r"(evaluation:[^\n]*\n)", r"\1          processes: 16\n", text)
     words = "must be at most hardware.gpus_per_node (8), as this job runs on one node, got 16"
     assert sentence(write(text)) == f"params.yaml: {SLOT}.evaluation.processes: {words}"
 
@@ -237,6 +232,18 @@ def test_the_first_fault_is_named(write: Write, pattern: str, replacement: str, 
     assert words in text, text
 
 
+def test_a_classifier_without_labels_is_refused() -> None:
+    """Before anything is trained; a data set that comes with labels only hides them from the networks."""
+    data = pixel_slot("images", 8)
+    slot = data["scales"]["demo"]["slots"]["pixel_cond"]
+    slot["dataset"] |= {"labels": 0, "path": "data/mine"}
+    slot["teacher"] = {**slot["teacher"], "label_dropout": 0.0}
+    slot["evaluation"] = {**slot["evaluation"], "guidance": [1.0]}
+    slot["students"] = {name: {**student, "guidance": None} for name, student in slot["students"].items()}
+    with pytest.raises(ParamsError, match=r"pixel_cond\.features: needs labels to learn from"):
+        validate(data)
+
+
 @pytest.mark.parametrize(
     ("source", "side"), [("digits", 4), ("digits", 8), ("mnist5k", 4), ("mnist5k", 8), ("mnist5k", 16)]
 )
@@ -309,7 +316,7 @@ def test_a_network_that_cannot_be_built_or_trained_is_refused(network: Any, stud
 
 def pixel_slot(source: str, side: int) -> dict[str, Any]:
     """The parameters with a pixel slot of labelled images beside the latent one."""
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     slots = data["scales"]["demo"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
     slots["pixel_cond"] = {**slot, "dataset": {"source": source, "resolution": side, "channels": 1, "labels": 10}}
@@ -387,7 +394,7 @@ def test_every_number_has_a_source() -> None:
     """A line of params.yaml that holds a number says in a comment where it comes from, or stands in a documented row."""
     bare = [
         line
-        for line in TEXT.splitlines()
+        for line in (ROOT / "params.yaml").read_text().splitlines()
         if re.search(r"[:\[,] *[-.0-9]", line.partition("#")[0]) and "#" not in line and "network:" not in line
     ]
     assert bare == []
@@ -428,5 +435,5 @@ def test_snapshots_are_where_they_are_measured(write: Write, keys: str, key: str
 
 def test_optional_keys_of_an_evaluation_that_are_absent_change_no_name() -> None:
     """Run ids are hashes of the sections: a key that a params.yaml does not have is not in them."""
-    dumped = load(ROOT / "params.yaml").active.slots["latent_guided"].evaluation.model_dump(mode="json")
+    dumped = validate(plain()).active.slots["latent_guided"].evaluation.model_dump(mode="json")
     assert not {"averages", "checkpoints", "manifold_images"} & dumped.keys()

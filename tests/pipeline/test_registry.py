@@ -12,24 +12,37 @@ from pipeline.job import Job
 from pipeline.params import Evaluation, Params, load, read_yaml, validate
 from pipeline.sweep import Plan, Point, sweep
 from scm_core.sampling import diffusion_nfe
+from tests.pipeline.plain import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = "latent_guided"
+STUDENTS = ("scd", "sct")
 TRAINED = [
     *(f"teacher-{size}" for size in "SM"),
-    *(f"student-{size}-{method}" for size in "SM" for method in ("scd", "sct")),
+    *(f"student-{size}-{method}" for size in "SM" for method in STUDENTS),
 ]
-EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", "scd", "sct")]
+EVALUATED = [f"evaluate-{size}-{method}" for size in "SM" for method in ("teacher", *STUDENTS)]
+
+
+# The reports that say what they were measured with, and those that say what was trained.
+MEASURED = ["table2", "table5", "table6", "figure1", "figure5", "figure6", "figure7", "claims"]
+SETTINGS = ["table4", "claims"]
 
 
 @pytest.fixture
 def params() -> Params:
+    """Those of one slot: two sizes, two students."""
+    return validate(plain())
+
+
+@pytest.fixture(scope="module")
+def whole() -> Params:
     return load(ROOT / "params.yaml", scale="demo")
 
 
 def changed(path: str, value: Any) -> Params:
     """The demo's parameters with one value below its slot replaced."""
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     *above, last = path.split(".")
     section = data["scales"]["demo"] if above == ["scale"] else data["scales"]["demo"]["slots"][SLOT]
     for key in above if above != ["scale"] else ():
@@ -43,17 +56,68 @@ def names(jobs: list[Job]) -> list[str]:
 
 
 def test_every_job_of_the_demo(params: Params) -> None:
-    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in ("scd", "sct")]
+    models = [f"{SLOT}-{size}-{method}" for size in "SM" for method in STUDENTS]
     evaluated = [name.replace("evaluate-", f"evaluate-{SLOT}-") for name in EVALUATED]
     shared = [f"{stage}-{SLOT}" for stage in ("dataset", "vae", "latents", "features", "reference", "reconstruction")]
     teachers = [f"teacher-{SLOT}-{size}" for size in "SM"]
-    reports = ["table2", "figure2", "figure3", "figure7", "evaluations"]
-    expected = [*shared, *teachers, *(f"student-{model}" for model in models), *evaluated, *reports]
+    tables = ["table2", "table4", "table5", "table6"]
+    figures = ["figure1", "figure2", "figure3", "figure5", "figure6", "figure7"]
+    reports = [*tables, *figures, "claims", "evaluations"]
+    expected = [
+        *shared,
+        *teachers,
+        *(f"student-{model}" for model in models),
+        *evaluated,
+        *reports,
+        f"gallery-{SLOT}",
+        "report",
+    ]
     assert names(registry.jobs(params)) == expected
 
 
-def test_smoke_and_demo_have_the_same_axes(params: Params) -> None:
-    assert names(registry.jobs(params, "smoke")) == names(registry.jobs(params, "demo"))
+def test_smoke_reaches_every_report_of_the_demo_and_every_method(whole: Params) -> None:
+    found = {}
+    for scale in ("smoke", "demo"):
+        jobs = registry.jobs(whole, scale)
+        slots = whole.scales[scale].slots
+        students = [
+            slots[j.axes["slot"]].student_for(j.axes["size"], j.axes["method"]) for j in jobs if j.stage == "student"
+        ]
+        found[scale] = {j.stage for j in jobs}, {student.method for student in students}
+    assert found["smoke"] == found["demo"]
+    stages, methods = found["demo"]
+    assert stages == set(registry.STAGES)
+    assert methods == {"scd", "sct", "multistep", "vsd", "scd_vsd", "dscd", "ect"}
+
+
+def test_every_item_of_the_paper_is_an_output_of_the_demo(whole: Params) -> None:
+    outputs = {path.as_posix() for job in registry.jobs(whole) for path in job.outputs}
+    tables = [f"table{name}" for name in (*range(1, 8), "E3")]
+    assert {f"reports/{name}.{kind}" for name in (*tables, "claims") for kind in ("csv", "md", "tex")} <= outputs
+    assert {f"reports/figure{number}.{kind}" for number in range(1, 14) for kind in ("png", "pdf")} <= outputs
+
+
+def test_ablations_of_the_demo_are_trained_from_three_seeds(whole: Params) -> None:
+    """A repetition is a student with the same section, of its own name and so from another seed; its key in the file is its student's."""
+    slot = whole.active.slots[SLOT]
+    ablated = [name for name in slot.sizes["S"].students if name.startswith(("scd_norm", "scd_raw", "dscd_64"))]
+    assert ablated == [f"{base}{end}" for base in ("scd_norm", "scd_raw", "dscd_64") for end in ("",)] + [
+        f"{base}_seed{number}" for base in ("scd_norm", "scd_raw", "dscd_64") for number in (2, 3)
+    ]
+    first, second = (
+        registry.find(whole, "student", {"slot": SLOT, "size": "S", "method": name})
+        for name in ("scd_raw", "scd_raw_seed2")
+    )
+    assert (first.params, first.inputs) == (second.params, second.inputs)
+    assert registry.settings(first, whole) == registry.settings(second, whole)
+    assert first.outputs != second.outputs
+    assert "evaluate-latent_guided-S-scd_raw_seed2" in registry.find(whole, "figure5", {}).inputs
+    more = read_yaml(ROOT / "params.yaml")
+    more["scales"]["demo"]["slots"][SLOT]["sizes"]["S"]["repeats"]["scd_raw"] = 4
+    after = validate(more)
+    assert registry.settings(registry.find(after, "student", dict(first.axes)), after) == registry.settings(
+        first, whole
+    )
 
 
 def test_jobs_come_after_what_they_read_and_every_input_is_made(params: Params) -> None:
@@ -63,6 +127,23 @@ def test_jobs_come_after_what_they_read_and_every_input_is_made(params: Params) 
         assert set(job.inputs.values()) <= made, job.name
         assert not made & set(job.outputs), job.name
         made.update(job.outputs)
+
+
+def test_a_student_that_starts_as_another_one_waits_for_it(whole: Params) -> None:
+    jobs = registry.jobs(whole)
+    for size in "SM":
+        axes = {"slot": SLOT, "size": size}
+        student = registry.find(whole, "student", {**axes, "method": "scd_vsd"})
+        first = registry.find(whole, "student", {**axes, "method": "scd"})
+        assert student.inputs["start"] == first.outputs[0]
+        assert {"student-latent_guided-" + size + "-scd", "teacher-latent_guided-" + size} <= set(
+            names(registry.parents(student, jobs))
+        )
+    assert "start" not in registry.find(whole, "student", {"slot": SLOT, "size": "M", "method": "vsd"}).inputs
+    data = read_yaml(ROOT / "params.yaml")
+    data["scales"]["demo"]["slots"][SLOT]["sizes"]["M"]["students"] = {"scd_vsd": {}, "vsd": {}, "scd": {}, "sct": {}}
+    ordered = [job for job in registry.jobs(validate(data)) if job.stage == "student" and job.axes["slot"] == SLOT]
+    assert [job.axes["method"] for job in ordered if job.axes["size"] == "M"] == ["scd", "scd_vsd", "vsd", "sct"]
 
 
 def test_outputs_do_not_lie_in_one_another(params: Params) -> None:
@@ -116,7 +197,10 @@ def test_the_cost_of_an_evaluation_counts_what_the_sweep_asks_for(params: Params
             guidance = point.guidance or 0.0
             return {space: {"fid": -guidance if i == 0 else abs(guidance - 1.8)} for i, space in enumerate(how.spaces)}
 
-        plan = Plan.of(how, student.steps if student else (how.teacher.steps,), guidable)
+        training = student or slot.teacher_for(job.axes["size"])
+        kept = training.snapshots is not None and training.snapshots.measured
+        earlier = [(0.1, n) for n in how.checkpoints if kept and n < training.iterations]
+        plan = Plan.of(how, student.steps if student else (how.teacher.steps,), guidable, checkpoints=earlier)
         sweep(plan, how.spaces, measure)
         images = sum(point.samples for point in asked)
         passes = sum(
@@ -163,15 +247,16 @@ def test_declared_keys_exist_in_the_file_of_every_scale(params: Params) -> None:
         ("vae.kl_weight", 0.5, ["vae"]),
         ("vae.engine", {"batch": 8, "processes": 2}, []),
         ("features.dim", 32, ["features"]),
-        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2"]),
-        ("teacher.lr", 0.5, ["teacher-S", "teacher-M"]),
-        ("students.scd.lr", 0.5, ["student-S-scd", "student-M-scd"]),
-        ("students.sct.tangent_c", 0.5, ["student-S-sct", "student-M-sct"]),
-        ("sizes.S.network.width", 40, ["teacher-S", "student-S-scd", "student-S-sct"]),
-        ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S"]),
-        ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd"]),
-        ("evaluation.neighbours", 4, ["reconstruction", *EVALUATED, "table2", "figure2", "figure7"]),
-        ("evaluation.t_mid", 1.0, [*EVALUATED, "table2", "figure2", "figure7"]),
+        ("sigma_data", 1.0, ["latents", *TRAINED, *EVALUATED, "figure2", "gallery"]),
+        ("teacher.lr", 0.5, ["teacher-S", "teacher-M", *SETTINGS]),
+        ("students.scd.lr", 0.5, ["student-S-scd", "student-M-scd", *SETTINGS]),
+        ("students.sct.tangent_c", 0.5, ["student-S-sct", "student-M-sct", *SETTINGS]),
+        ("sizes.S.network.width", 40, ["teacher-S", "student-S-scd", "student-S-sct", *SETTINGS]),
+        ("sizes.S.teacher", {"lr": 0.5}, ["teacher-S", *SETTINGS]),
+        ("sizes.M.students.scd", {"batch": 8}, ["student-M-scd", *SETTINGS]),
+        ("sizes.M.engine", {"accumulation": 2}, []),
+        ("evaluation.neighbours", 4, ["reconstruction", *EVALUATED, "figure2", *MEASURED]),
+        ("evaluation.t_mid", 1.0, [*EVALUATED, "figure2", "gallery", *MEASURED]),
         ("figure2.seed", 5, ["figure2"]),
     ],
 )  # fmt: skip
@@ -236,7 +321,7 @@ def test_a_number_that_a_size_replaces_does_not_matter_to_it(params: Params) -> 
 def test_figure_7_of_the_paper_needs_no_ablations() -> None:
     """Teachers, sCD, VSD and sCD+VSD of every size that trains them, and neither multistep nor discrete students."""
     figure = registry.find(load(ROOT / "params.yaml", "paper"), "figure7", {})
-    methods = [name.split("-", 2)[2] for name in figure.inputs]
+    methods = [name.split("-", 3)[3] for name in figure.inputs]
     assert sorted(set(methods)) == ["scd", "scd_vsd", "teacher", "vsd"]
     assert methods.count("vsd") == 1
     assert methods.count("scd_vsd") == 5
@@ -254,13 +339,22 @@ def test_what_no_other_job_reads_wants_all_jobs(params: Params) -> None:
 
 
 def test_a_slot_of_pixel_data_has_no_vae_and_no_latents() -> None:
-    data = read_yaml(ROOT / "params.yaml")
+    data = plain()
     slot = data["scales"]["smoke"]["slots"].pop(SLOT)
     del slot["vae"]
     data["scales"]["smoke"]["slots"]["pixel_cond"] = slot
     jobs = registry.jobs(validate(data), "smoke")
-    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate", "figure3", "evaluations"}
-    assert {job.stage for job in jobs} == stages
+    stages = {"dataset", "features", "reference", "teacher", "student", "evaluate"}
+    assert {job.stage for job in jobs} == stages | {
+        "table1",
+        "table3",
+        "table7",
+        "figure3",
+        "claims",
+        "evaluations",
+        "gallery",
+        "report",
+    }
     teacher = next(job for job in jobs if job.stage == "teacher")
     assert dict(teacher.inputs) == {"dataset": Path("runs/smoke/pixel_cond/dataset")}
 
@@ -290,9 +384,11 @@ def test_dvc_yaml_is_current() -> None:
     assert (ROOT / "dvc.yaml").read_text() == generated, "run `python -m pipeline dvc > dvc.yaml`"
 
 
-def test_dvc_yaml_serves_every_scale() -> None:
-    texts = {dvcfile.generate(load(ROOT / "params.yaml", scale=scale)) for scale in ("smoke", "demo")}
+def test_dvc_yaml_leaves_the_scale_to_params() -> None:
+    """The same text for scales of the same axes, and no scale's name in it."""
+    texts = {dvcfile.generate(validate(plain()).with_scale(scale)) for scale in ("smoke", "demo")}
     assert len(texts) == 1
-    text = texts.pop()
-    assert "demo" not in text
-    assert "smoke" not in text
+    for scale in ("smoke", "demo"):
+        text = dvcfile.generate(load(ROOT / "params.yaml", scale=scale))
+        assert "smoke" not in text
+        assert "demo" not in text

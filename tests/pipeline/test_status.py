@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from pipeline.progress import Progress, clock, describe
+from pipeline.trace import unmade
+from tests.pipeline.plain import plain_text
 
 
 def command(repo: Any, *words: str, timeout: float = 60, **env: str) -> Any:
@@ -239,7 +241,7 @@ def test_doctor_names_the_weights_that_the_scale_needs(repo_copy: Path, tmp_path
 
     assert "weights of" not in doctor("--quick")
     file = repo_copy / "params.yaml"
-    head, mark, smoke = file.read_text().partition("\n  smoke:")
+    head, mark, smoke = plain_text().partition("\n  smoke:")
     smoke = smoke.replace("spaces: [classifier]", "spaces: [inception, dinov2]").replace(
         "        features: ", "        removed: "
     )
@@ -269,3 +271,27 @@ def test_doctor_on_this_installation() -> None:
         [sys.executable, "-m", "pipeline", "doctor", "--quick"], cwd=here, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_trace_says_why_a_row_has_no_run(tmp_path: Path) -> None:
+    table = tmp_path / "tableX.csv"
+    assert unmade(table, {"method": "sCD-M", "fid": "missing", "run": ""}) == "missing: not run at this scale"
+    assert unmade(table, {"id": "iteration_cost", "verdict": "holds", "runs": ""}) == "a count, not a run"
+    assert unmade(table, {"method": "EDM", "fid": "2.01", "run": ""}).startswith("a published number: Lu & Song 2024")
+
+
+def test_trace_follows_every_run_of_repeated_trainings(repo: Any) -> None:
+    for stage in ("first", "second"):
+        repo.run(stage)
+    made = [
+        json.loads((repo.root / f"runs/tiny/{stage}/manifest.json").read_text())["run"] for stage in ("first", "second")
+    ]
+    (repo.root / "reports").mkdir(exist_ok=True)
+    (repo.root / "reports" / "claims.csv").write_text(f"id,verdict,runs\nstable,holds,{' '.join(made)}\n")
+    done = command(repo, "trace", "reports/claims.csv", "stable")
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {run}\n" in done.stdout for run in made)
+    (repo.root / "reports" / "claims.csv").write_text(f"id,verdict,runs\nstable,holds,{made[0]} gone-1\n")
+    done = command(repo, "trace", "reports/claims.csv", "stable")
+    assert done.returncode == 2
+    assert "run gone-1 is not in runs/" in done.stderr

@@ -4,10 +4,11 @@
 from typing import Any, get_args
 
 import pytest
+from pydantic_core import PydanticCustomError
 from torch import nn
 
-from pipeline.students import METHODS, UNGUIDED, Student, StudentTraining
-from pipeline.training import schedule
+from pipeline.students import METHODS, UNGUIDED, Student, StudentTraining, in_order
+from pipeline.training import schedule, settings_beside, train_settings
 from scm_core.nn.small import SmallNet
 from scm_core.objectives import methods
 
@@ -67,6 +68,51 @@ def test_options_drop_the_prefix_and_leave_the_training_out() -> None:
         "engine": "auto",
         "adaptive_weighting": True,
     }
+
+
+def test_a_student_starts_as_the_teacher_or_as_another_one_which_comes_first() -> None:
+    guided = [1.0, 2.0]
+    students = {
+        "both": section("scd_vsd", guidance=guided, start="vsd"),
+        "scd": section("scd", guidance=guided),
+        "vsd": section("vsd", guidance=guided, start="scd"),
+    }
+    assert in_order(students) == ["scd", "vsd", "both"]
+    for sort in students.values():
+        assert "start" not in sort.options()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "sct2"}, r"must be the teacher or another student of the size \(teacher, scd\), got sct2"),
+        ({"start": "scd"}, "a student with the same inputs as vsd, and scd has a guidance input"),
+        ({"start": "vsd", "guidance": [1.0, 2.0]}, "leads back to itself"),
+    ],
+)
+def test_what_a_student_cannot_start_as(changes: dict[str, Any], message: str) -> None:
+    students = {"scd": section("scd", guidance=[1.0, 2.0]), "vsd": section("vsd", **changes)}
+    with pytest.raises(PydanticCustomError, match=message) as error:
+        in_order(students)
+    assert error.value.context is not None
+    assert error.value.context["at"] == "students.vsd.start"
+
+
+def test_keys_that_say_nothing_leave_a_result_its_name() -> None:
+    """A run is known by its section: one of before there were these keys is still found."""
+    assert not {"start", "fake_lr", "vsd_delay"} & section("vsd").model_dump(mode="json").keys()
+    said = {"start": "scd", "fake_lr": 6e-3, "vsd_delay": 5}
+    assert section("vsd", **said).model_dump(mode="json").items() >= said.items()
+
+
+def test_the_fake_network_has_a_rate_of_its_own() -> None:
+    for rate in (None, 6e-3):
+        options = section("vsd", fake_lr=rate).options()
+        made = methods.METHODS["vsd"](net(False), net(False), 0.5, (1, 4, 4), **options)
+        settings = train_settings(section("vsd", fake_lr=rate), seed=3)
+        beside = settings_beside(settings, "fake", made.companions["fake"])
+        assert beside.lr == (1e-3 if rate is None else rate)
+        assert (beside.seed != settings.seed, beside.ema_sigma_rel, beside.batch) == (True, None, 4)
 
 
 def test_sampling_steps() -> None:

@@ -266,6 +266,25 @@ def test_objectives_are_their_formulas(scales: tuple[float, float] | None, fake_
     torch.testing.assert_close(terms.loss, reference, rtol=1e-5, atol=1e-6)
 
 
+def test_the_generator_waits_for_the_fake_network() -> None:
+    """In the first `vsd_delay` iterations the loss and its weighting are those of the others, and the generator's gradient is zero."""
+    net, own = small_net(True, 5), small_net(False, 8).eval()
+    make, fake, head = OneStepSampler(net, SIGMA_DATA, (1.0, 2.0)), small_net(True, 9), LogVarHead(0.5)
+    objective = VsdObjective(make, own, fake, head, 0.4, 2.0, True, delay=3)
+    found = []
+    for iteration in (2, 3):
+        terms = objective(images(), torch.Generator().manual_seed(3), iteration)
+        gradients = torch.autograd.grad(terms.loss, [head.bias, *net.parameters()], allow_unused=True)
+        found.append((float(terms.loss.detach()), float(gradients[0]), [g for g in gradients[1:] if g is not None]))
+    (early, early_head, waiting), (late, late_head, moving) = found
+    assert (early, early_head) == (late, late_head)
+    assert len(waiting) == len(moving) > 0
+    assert not any(g.any() for g in waiting)
+    assert all(g.any() for g in moving)
+    with pytest.raises(ValueError, match="vsd_delay"):
+        VsdObjective(make, own, fake, head, 0.4, 2.0, True, delay=-1)
+
+
 def test_sum_of_scd_and_vsd() -> None:
     """L_sCD + λ L_VSD, the parts drawing one after the other from the step's generator."""
     losses = {}

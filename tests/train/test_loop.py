@@ -90,6 +90,39 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], expected[name]), name
 
 
+def logged(store: CheckpointStore | None, hooks: dict[int, dict[str, float]], kill: int | None = None) -> None:
+    """Trains with a bad batch on the way; `hooks` gets the scalars by images seen, without the speed."""
+
+    def at(iteration: int) -> Batch:
+        batch = data(iteration)
+        return batch._replace(x0=batch.x0 * float("nan")) if iteration == 8 else batch
+
+    def log(nimg: int, scalars: dict[str, float]) -> None:
+        hooks[nimg] = {key: value for key, value in scalars.items() if key != "images_per_second"}
+
+    def sample(state: TrainState) -> None:
+        if state.iteration == kill:
+            raise Killed
+
+    state, objective = guided_distillation(sample_every=1)
+    train(state, objective, at, store, Hooks(log=log, sample=sample, message=lambda text: None))
+
+
+@pytest.mark.parametrize("kill", [5, 11, 17])
+def test_what_is_logged_does_not_depend_on_an_interruption(tmp_path: Path, kill: int) -> None:
+    """Checkpoints every 5 steps lie in the middle of intervals of 4: means are over all of them, also those before the interruption, one of
+    which was skipped (step 9, between the checkpoints 5 and 10)."""
+    expected: dict[int, dict[str, float]] = {}
+    logged(None, expected)
+    assert len(expected) == 6
+    assert {scalars["skipped_steps"] for scalars in expected.values()} == {0.0, 1.0}
+    store, found = CheckpointStore(tmp_path), dict[int, dict[str, float]]()
+    with pytest.raises(Killed):
+        logged(store, found, kill)
+    logged(store, found)
+    assert found == expected
+
+
 @pytest.mark.parametrize("kills", [(1,), (5,), (9,), (22,), (3, 7, 11, 16)])
 def test_interrupted_and_resumed_is_uninterrupted(
     tmp_path: Path, uninterrupted: dict[str, Tensor], kills: tuple[int, ...]

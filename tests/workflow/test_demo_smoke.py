@@ -5,20 +5,41 @@ Two copies of the repository are run once, side by side, and every test below lo
 
 - `snakemake`: everything is killed (SIGKILL) in the middle of the training of teacher M, then the same command is given again;
 - `dvc`: `dvc repro`, uninterrupted.
+
+A third copy, made of the first when it is there, is where the commands of the documents are run.
 """
 
 import csv
-import os
+import json
 import re
-import signal
-import subprocess
+import shutil
+import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import pytest
 from PIL import Image
+
+from pipeline.webpage.render import without_records
+from tests.documents import DOCUMENTS, blocks, runnable
+from tests.pipeline.pages import Page
+from tests.workflow.copies import (
+    LIMIT_S,
+    RESULTS,
+    SNAKEMAKE,
+    TABLES,
+    TEACHER,
+    Copy,
+    Runs,
+    activate,
+    commit,
+    finish,
+    kill_in_the_middle_of_teacher_training,
+    run_block,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -35,134 +56,9 @@ COLUMNS = [
     "features",
     "samples",
     "run",
+    "seeds",
+    "citation",
 ]
-RESULTS = [
-    "reports/table2.csv",
-    "reports/table2.md",
-    "reports/figure2.png",
-    "reports/figure3.png",
-    "reports/figure3.csv",
-    "reports/figure7.png",
-    "reports/figure7.csv",
-    "reports/evaluations.csv",
-]
-SNAKEMAKE = ["snakemake", "--profile", "cluster/local", *RESULTS, "--config", "scale=smoke"]
-TEACHER = Path("runs/smoke/latent_guided/teacher/M")
-WORK = Path("runs/smoke/.work/teacher-latent_guided-M/work")
-LIMIT_S = 900  # for one run of the whole pipeline, on two cores shared with the other; four minutes alone
-
-
-class Copy(NamedTuple):
-    """A copy of the repository and the environment its commands run in."""
-
-    path: Path
-    env: dict[str, str]
-
-    def start(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Starts a command in the repository, with its output in a file."""
-        return subprocess.Popen(command, cwd=self.path, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def run(self, *command: str, timeout: float = 120) -> str:
-        """Runs a command, requires success, returns what it printed."""
-        done = subprocess.run(
-            command,
-            cwd=self.path,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
-    def processes(self) -> list[int]:
-        """Every process whose working directory lies in this copy."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    cwd = Path(os.readlink(entry / "cwd"))
-                except OSError:  # it has ended
-                    continue
-                if cwd.is_relative_to(self.path):
-                    found.append(int(entry.name))
-        return found
-
-    def kill_everything(self) -> None:
-        """SIGKILL to every process of this copy, until there is none."""
-        deadline = time.monotonic() + 30
-        while pids := [pid for pid in self.processes() if not _ended(pid)]:
-            assert time.monotonic() < deadline, f"still running: {pids}"
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            time.sleep(0.05)
-
-    def use_scale(self, scale: str) -> None:
-        """Sets the scale on top of params.yaml."""
-        text = (self.path / "params.yaml").read_text()
-        changed, count = re.subn(r"^scale: \w+", f"scale: {scale}", text, flags=re.MULTILINE)
-        assert count == 1, "params.yaml: expected one line `scale: …`"
-        (self.path / "params.yaml").write_text(changed)
-
-    def files(self, folder: Path) -> dict[str, bytes]:
-        """The contents of a folder, without the engines' own marks (.snakemake_timestamp)."""
-        return {
-            p.relative_to(self.path).as_posix(): p.read_bytes()
-            for p in sorted((self.path / folder).rglob("*"))
-            if p.is_file() and not p.name.startswith(".")
-        }
-
-    def times(self) -> dict[str, int]:
-        """When each published file was last written."""
-        outputs = [p for p in (self.path / "runs/smoke").rglob("*") if p.is_file() and not _is_working_file(p)]
-        return {str(p): p.stat().st_mtime_ns for p in [*outputs, *(self.path / name for name in RESULTS)]}
-
-
-class Runs(NamedTuple):
-    """Both copies after their runs, and what the second `snakemake` command printed."""
-
-    snakemake: Copy
-    dvc: Copy
-    resumed_output: str
-
-
-def _ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def _is_working_file(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts[path.parts.index("smoke") :])
-
-
-def _finish(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str:
-    try:
-        code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"not done in time; last lines:\n{log.read_text()[-3000:]}")
-    text = log.read_text()
-    assert code == 0, f"ended with {code}; last lines:\n{text[-3000:]}"
-    return text
-
-
-def _kill_in_the_middle_of_teacher_training(copy: Copy, log: Path, deadline: float) -> None:
-    with log.open("wb") as file:
-        process = copy.start(SNAKEMAKE, file)
-        while not any((copy.path / WORK).rglob("latest")):  # the pointer that a checkpoint gets last
-            assert process.poll() is None, f"ended before a checkpoint of the teacher:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"no checkpoint of the teacher in time:\n{log.read_text()[-3000:]}"
-            time.sleep(0.02)
-        copy.kill_everything()
-        process.wait()
-    assert not (copy.path / TEACHER).exists(), (
-        "the teacher was published before the kill: smoke trains too briefly for this test"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +76,9 @@ def runs(
     try:
         with (folder / "dvc.log").open("wb") as dvc_log, (folder / "resumed.log").open("wb") as resumed_log:
             dvc_process = dvc.start(["dvc", "repro"], dvc_log)
-            _kill_in_the_middle_of_teacher_training(snakemake, folder / "killed.log", deadline)
-            resumed = _finish(snakemake.start(SNAKEMAKE, resumed_log), folder / "resumed.log", deadline)
-            _finish(dvc_process, folder / "dvc.log", deadline)
+            kill_in_the_middle_of_teacher_training(snakemake, folder / "killed.log", deadline)
+            resumed = finish(snakemake.start(SNAKEMAKE, resumed_log), folder / "resumed.log", deadline)
+            finish(dvc_process, folder / "dvc.log", deadline)
     finally:
         for copy in copies:
             copy.kill_everything()
@@ -235,12 +131,51 @@ def test_table2_markdown_shows_every_row(runs: Runs) -> None:
     assert "Teacher: heun, 4 steps" in text
 
 
-def test_figure2_is_a_picture(runs: Runs) -> None:
-    with Image.open(runs.snakemake.path / "reports/figure2.png") as picture:
+@pytest.mark.parametrize("number", range(1, 14))
+def test_figures_are_pictures(runs: Runs, number: int) -> None:
+    with Image.open(runs.snakemake.path / f"reports/figure{number}.png") as picture:
         picture.load()
         assert min(picture.size) >= 300
         extrema = picture.convert("L").getextrema()
         assert extrema[1] - extrema[0] > 100, "nothing is drawn on it"
+    assert (runs.snakemake.path / f"reports/figure{number}.pdf").read_bytes().startswith(b"%PDF-")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_keep_every_published_cell(runs: Runs, name: str) -> None:
+    published = _rows(runs.snakemake.path / f"reports/paper/{name}.csv")
+    shown = _rows(runs.snakemake.path / f"reports/{name}.csv")
+    assert [{key: row[key] for key in cells} for row, cells in zip(shown, published, strict=False)] == published
+
+
+def test_every_table_has_a_number_of_ours_with_its_run(runs: Runs) -> None:
+    for name in ("table1", "table2", "table5", "table6", "table7", "tableE3"):
+        rows = [row for row in _rows(runs.snakemake.path / f"reports/{name}.csv") if row["run"]]
+        assert rows, name
+        for row in rows:
+            assert all(row[key] for key in ("dataset", "features", "samples", "seeds")), (name, row)
+            assert all(re.fullmatch(r"evaluate-\w+-[SM]-\w+-[0-9a-f]{8}", run) for run in row["run"].split()), row
+
+
+def test_claims_have_verdicts_and_runs(runs: Runs) -> None:
+    rows = _rows(runs.snakemake.path / "reports/claims.csv")
+    assert len(rows) >= 15
+    assert {row["verdict"] for row in rows} <= {"holds", "does not hold", "not testable at this scale"}
+    assert not [row["id"] for row in rows if row["ours"] == "missing"], "smoke has a run for every claim"
+    assert [row["id"] for row in rows if not row["runs"]] == ["iteration_cost"]  # a count from params.yaml
+
+
+def test_one_table_is_made_again_alone(runs: Runs) -> None:
+    """What a user does to see a table in another form; nothing upstream is touched."""
+    file = runs.snakemake.path / "reports/table5.md"
+    before, times = file.read_bytes(), runs.snakemake.times()
+    for ending in ("csv", "md", "tex"):
+        file.with_suffix(f".{ending}").unlink()
+    said = runs.snakemake.run(*SNAKEMAKE, "--", "reports/table5.md")
+    assert set(re.findall(r"^rule (\w+):", said, re.MULTILINE)) == {"table5"}
+    assert file.read_bytes() == before
+    changed = {name for name, time_ in runs.snakemake.times().items() if time_ != times[name]}
+    assert changed == {str(file.with_suffix(f".{ending}")) for ending in ("csv", "md", "tex")}
 
 
 def test_trace_prints_the_chain_behind_a_row(runs: Runs) -> None:
@@ -281,36 +216,96 @@ def test_killed_and_undisturbed_training_give_the_same_bytes(runs: Runs) -> None
     assert [name for name in undisturbed if interrupted[name] != undisturbed[name]] == []
 
 
-def test_both_engines_give_byte_identical_tables(runs: Runs) -> None:
-    for name in ("reports/table2.csv", "reports/table2.md", "reports/figure7.csv", "reports/evaluations.csv"):
+def test_both_engines_give_byte_identical_reports(runs: Runs) -> None:
+    for name in RESULTS:
         assert (runs.snakemake.path / name).read_bytes() == (runs.dvc.path / name).read_bytes(), name
+
+
+def test_the_run_of_one_engine_agrees_with_the_collected_results_of_the_other(runs: Runs) -> None:
+    """Digit by digit: the machine is the same."""
+    collected, place = (copy.path / "results/smoke" for copy in (runs.snakemake, runs.dvc))
+    try:
+        runs.snakemake.run("python", "-m", "pipeline", "results", "collect", "--scale", "smoke", "--partial")
+        shutil.copytree(collected, place)
+        text = runs.dvc.run("python", "-m", "pipeline", "results", "check", "--scale", "smoke")
+    finally:
+        for folder in (collected, place):
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    found = re.search(r"(\d+) numbers with standard errors: (\d+) bitwise equal, 0 within", text)
+    assert found, text
+    assert found[1] == found[2]
+    assert int(found[1]) > 100
+
+
+def test_trainings_leave_their_curves(runs: Runs) -> None:
+    """By images seen, without the times that differ between two runs of the same."""
+    for folder in ("vae", "features", "teacher/S", "student/M/scd"):
+        rows = _rows(runs.dvc.path / "runs/smoke/latent_guided" / folder / "training.csv")
+        assert [int(row["nimg"]) for row in rows] == sorted({int(row["nimg"]) for row in rows}), folder
+        assert all(float(row["loss"]) == float(row["loss"]) for row in rows), folder
+        assert not {"time", "images_per_second"} & set(rows[0]), folder
+
+
+def test_both_engines_make_the_same_page_but_for_what_is_recorded(runs: Runs) -> None:
+    pages = [(copy.path / "reports/report.html").read_text() for copy in (runs.snakemake, runs.dvc)]
+    commit = runs.snakemake.run("git", "rev-parse", "HEAD").strip()
+    assert commit in pages[0]
+    assert pages[0] != pages[1]
+    first, second = map(without_records, pages)
+    assert commit not in first
+    assert first == second
+    assert Page(pages[0]).errors == []
+    assert max(len(page) for page in pages) < 15_000_000
+
+
+def test_the_page_has_every_students_samples_over_steps_and_guidance(runs: Runs) -> None:
+    folder = runs.snakemake.path / "runs/smoke/latent_guided/gallery"
+    grids = json.loads((folder / "grids.json").read_text())["grids"]
+    for size in "SM":
+        own = [grid for grid in grids if (grid["size"], grid["method"]) == (size, "scd")]
+        assert {(grid["steps"], grid["guidance"]) for grid in own} == {(n, s) for n in (1, 2) for s in (1.0, 1.5)}
+        assert {
+            (grid["steps"], grid["guidance"]) for grid in grids if (grid["size"], grid["method"]) == (size, "sct")
+        } == {
+            (1, None),
+            (2, None),
+        }
+        pictures = {(folder / grid["file"]).read_bytes() for grid in own}
+        assert len(pictures) == len(own), "two of them are the same"
+    shown = Page((runs.snakemake.path / "reports/report.html").read_text()).all("img")
+    assert sum(image["alt"].startswith("Grid of samples") for image in shown) == len(grids)
 
 
 def test_a_run_leaves_git_status_clean(runs: Runs) -> None:
     status = runs.snakemake.run("git", "status", "--porcelain").splitlines()
-    changed_here = {" M params.yaml", "?? dvc.lock", " M dvc.lock"}  # by the test of `sync` below, when it ran first
+    changed_here = {
+        " M params.yaml",
+        " M dvc.yaml",
+        "?? dvc.lock",
+        " M dvc.lock",
+    }  # by the test of `sync` below, when it ran first
     assert [line for line in status if line not in changed_here] == []
 
 
 def test_a_second_snakemake_runs_nothing(runs: Runs) -> None:
     before = runs.snakemake.times()
-    assert "Nothing to be done" in runs.snakemake.run(*SNAKEMAKE, timeout=30)
+    assert "Nothing to be done" in runs.snakemake.run(*SNAKEMAKE)
     assert runs.snakemake.times() == before
 
 
 def test_after_snakemake_and_sync_dvc_has_nothing_to_do(runs: Runs) -> None:
     runs.snakemake.use_scale("smoke")
     before = runs.snakemake.times()
-    runs.snakemake.run("python", "-m", "pipeline", "sync", timeout=180)
-    text = runs.snakemake.run("dvc", "repro", timeout=180)
+    runs.snakemake.run("python", "-m", "pipeline", "sync")
+    text = runs.snakemake.run("dvc", "repro")
     assert "Running stage" not in text, text
     assert runs.snakemake.times() == before
 
 
 def test_after_dvc_and_sync_snakemake_has_nothing_to_do(runs: Runs) -> None:
     before = runs.dvc.files(Path("runs/smoke/latent_guided"))
-    runs.dvc.run("python", "-m", "pipeline", "sync", timeout=180)
-    assert "Nothing to be done" in runs.dvc.run("snakemake", "--profile", "cluster/local", *RESULTS)
+    runs.dvc.run("python", "-m", "pipeline", "sync")
+    assert "Nothing to be done" in runs.dvc.run("snakemake", "--profile", "cluster/local")
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
 
 
@@ -318,13 +313,62 @@ def test_an_input_made_again_by_hand_and_sync_leave_the_engines_nothing_to_do_be
     """What remedies suggest for a damaged input; what is not done, here a missing figure, is left for the engines."""
     before = runs.dvc.files(Path("runs/smoke/latent_guided"))
     runs.dvc.run("python", "-m", "pipeline", "run", "dataset", "scale=smoke", "slot=latent_guided")
-    plan = ("snakemake", "--dry-run", "--profile", "cluster/local", *RESULTS)
+    plan = ("snakemake", "--dry-run", "--profile", "cluster/local")
     assert "rule vae:" in runs.dvc.run(*plan), (
         "Snakemake goes by the folder's date: the rest of this test shows nothing"
     )
     (runs.dvc.path / "reports/figure2.png").unlink()
-    told = runs.dvc.run("python", "-m", "pipeline", "sync", timeout=180)
-    assert "1 are left to do, first figure2 (to do)" in told
-    assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2"}
-    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry")) == ["figure2"]
+    told = runs.dvc.run("python", "-m", "pipeline", "sync")
+    assert "2 are left to do, first figure2 (to do)" in told  # and the page, which shows it
+    assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2", "report"}
+    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry"))[0] == "figure2"
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if runnable(path)], ids=lambda path: path.relative_to(path.parents[1]).name
+)
+def test_commands_of_the_documents_work(
+    document: Path, runs: Runs, tmp_path: Path, user_env: Callable[[Path], dict[str, str]]
+) -> None:
+    """From top to bottom, at scale smoke, where the pipeline has run; what is not run says why (tests/documents.py)."""
+    path = tmp_path / "repository"
+    shutil.copytree(runs.snakemake.path, path, symlinks=True)
+    copy = Copy(path, user_env(path))
+    activate(copy)
+    copy.run("git", "checkout", "--quiet", "params.yaml")
+    copy.use_scale("smoke")
+    commit(copy, "Scale smoke")
+    for block in runnable(document):
+        run_block(copy, block)
+
+
+def test_mlflows_interface_opens_as_the_documents_say(runs: Runs) -> None:
+    lines = {
+        line.strip()
+        for document in DOCUMENTS
+        for block in blocks(document)
+        for line in block.text.splitlines()
+        if line.startswith("mlflow ui")
+    }
+    (line,) = lines
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = runs.snakemake.path.parent / "mlflow.log"
+    with log.open("wb") as file:
+        server = runs.snakemake.start([*line.split(), "--port", str(port)], file)
+    deadline = time.monotonic() + 120
+    try:
+        while True:
+            assert server.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert b"<html" in answer.read().lower()
+                    break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+    finally:
+        runs.snakemake.kill_everything()
+        server.wait()

@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.modelling import MODEL
+from pipeline.reading import read_yaml
+from scm_core.nn.build import load_model
+from tests.pipeline.plain import ROOT, plain
+
 pytestmark = pytest.mark.slow
 
-STEPS = {"teacher": {"4"}, "scd_m4": {"4"}, "both": {"1", "2"}}  # of the evaluated models
+STEPS = {"teacher": {"4"}, "scd_m4": {"4"}, "scd_vsd": {"1", "2"}}  # of the evaluated models
 
 
 def pixel_slot(params: dict[str, Any]) -> None:
@@ -20,14 +25,10 @@ def pixel_slot(params: dict[str, Any]) -> None:
     slots = params["scales"]["smoke"]["slots"]
     slot = {key: value for key, value in slots["latent_guided"].items() if key not in ("vae", "figure2")}
     slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}
-    # two more students: one that is sampled in segments, one that trains a second network beside it
-    scd = slot["students"]["scd"]
-    vsd = {"vsd_weight": 1.0, "vsd_P_mean": 0.4, "vsd_P_std": 2.0, "fake_P_mean": -0.8, "fake_P_std": 1.6}
-    slot["students"] = {
-        **slot["students"],
-        "scd_m4": {**scd, "method": "multistep", "segments": 4},
-        "both": {**scd, "method": "scd_vsd", **vsd, "fake_guidance": True},
-    }
+    # two more students: one that is sampled in segments, one that starts as another
+    scd, whole = slot["students"]["scd"], read_yaml(ROOT / "params.yaml")["scales"]["smoke"]["slots"]["latent_guided"]
+    more = {"scd_m4": {**scd, "method": "multistep", "segments": 4}, "scd_vsd": whole["students"]["scd_vsd"]}
+    slot["students"] = {**slot["students"], **more}
     slot["sizes"] = {"S": {**slot["sizes"]["S"], "students": {name: {} for name in slot["students"]}}}
     slots["pixel_cond"] = slot
 
@@ -35,7 +36,7 @@ def pixel_slot(params: dict[str, Any]) -> None:
 def test_networks_on_pixels_run_from_images_to_their_evaluation(
     repo_copy: Path, user_env: Callable[[Path], dict[str, str]]
 ) -> None:
-    params = yaml.safe_load((repo_copy / "params.yaml").read_text())
+    params = plain()
     pixel_slot(params)
     (repo_copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     folder = Path("runs/smoke/pixel_cond")
@@ -52,3 +53,8 @@ def test_networks_on_pixels_run_from_images_to_their_evaluation(
         assert {row["steps"] for row in rows} == STEPS[Path(target).name]
         assert {row["phase"] for row in rows} == {"select", "report"}
         assert all(float(row["fid"]) > 0 and 0 <= float(row["precision"]) <= 1 for row in rows)
+    # a student that another one starts as, and that trains a second network beside it
+    model = load_model(repo_copy / folder / "student" / "S" / "scd_vsd" / MODEL)
+    first = load_model(repo_copy / folder / "student" / "S" / "scd" / MODEL)
+    assert model.info["start"] == first.info["run"]
+    assert model.info["teacher"] == first.info["teacher"]
