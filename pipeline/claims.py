@@ -96,7 +96,7 @@ def claim(id: str, statement: str, paper: str, rule: str, find: Callable[[], Fou
     verdict, why = judged(found.margin, found.error), found.why
     if verdict == OPEN:
         why = (
-            f"{why}; the margin of {found.margin:.3g} is within {ERRORS:g} standard errors ({found.error:.2g}) of zero"
+            f"{why}; the margin of {found.margin:z.3g} is within {ERRORS:g} standard errors ({found.error:.2g}) of zero"
         )
     ours, error = f"{found.value:.{found.digits}f}", "" if found.error is None else f"{found.error:.{found.digits}f}"
     return Claim(id, statement, paper, ours, error, rule, verdict, why, found.runs)

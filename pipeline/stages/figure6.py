@@ -24,19 +24,21 @@ def run(ctx: Context) -> None:
     for column, (source, title) in enumerate(sources.items()):
         rows = table[table.source == source]
         top, bottom = grid[0][column], grid[1][column]
+        unit, scale = ("GFLOP", 1.0) if rows.gflops.max() >= 1 else ("MFLOP", 1e3)  # a demo's networks are small
         for (method, steps), group in rows.groupby(["method", "steps"], sort=False):
             known = method == "teacher"
             name = METHOD_NAMES[method] if known else f"{METHOD_NAMES[method]}, {style.steps_label(steps)}"
             shape = {"ls": style.LINES.get(steps, "-"), "label": name, **style.look(method)}
-            top.errorbar(group.gflops, group.fid, style.bars(group.fid_se), **shape)
+            top.errorbar(scale * group.gflops, group.fid, style.bars(group.fid_se), **shape)
             if not known:
-                bottom.errorbar(group.gflops, group.ratio, style.bars(group.ratio_se), **shape)
+                bottom.errorbar(scale * group.gflops, group.ratio, style.bars(group.ratio_se), **shape)
         bottom.axhline(1, color=style.BLACK, lw=0.7)
         top.set(title=title, xscale="log", yscale="log", ylabel="FID")
-        bottom.set(xscale="log", yscale="log", xlabel="GFLOP of one forward pass", ylabel="FID / FID of the teacher")
+        bottom.set(xscale="log", yscale="log", xlabel=f"{unit} of one forward pass", ylabel="FID / FID of the teacher")
         for axis in (top, bottom):
             sizes = rows.drop_duplicates("size")
-            axis.set_xticks(sizes.gflops, [f"{g:.4g}\n{s}" for g, s in zip(sizes.gflops, sizes["size"], strict=True)])
+            costs = scale * sizes.gflops
+            axis.set_xticks(costs, [f"{cost:.4g}\n{size}" for cost, size in zip(costs, sizes["size"], strict=True)])
             axis.minorticks_off()
             style.plain(axis)
     style.legend_below(figure, grid[0], 5)
