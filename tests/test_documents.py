@@ -74,6 +74,10 @@ def test_blocks_that_are_not_run_say_why(tmp_path: Path) -> None:
         "# A\n```bash\nmake demo\n```\n\n<!-- not run: needs a cluster -->\n```bash\nsbatch\n```\n"
     )
     assert [(block.line, block.reason) for block in blocks(tmp_path / "a.md")] == [(2, None), (7, "needs a cluster")]
+    (tmp_path / "b.md").write_text(
+        "<!-- not run: one -->\n```bash\na\n```\nwords\n<!-- not run: two -->\n```bash\nb\n```\n"
+    )
+    assert [(block.line, block.reason) for block in blocks(tmp_path / "b.md")] == [(2, "one"), (7, "two")]
 
 
 def test_marks_stand_before_a_block() -> None:
