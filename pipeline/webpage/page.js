@@ -66,11 +66,12 @@ show(stored());
   addEventListener("hashchange", reveal);
   reveal();
 
-  // On a narrow screen the contents start folded.
+  // On a narrow screen the contents start folded; page.css hides them until then, so that nothing moves while the page loads.
   const contents = document.querySelector("nav details");
   const narrow = matchMedia("(max-width: 75rem)");
   const fit = () => { contents.open = !narrow.matches; };
   narrow.addEventListener("change", fit);
   contents.addEventListener("click", (event) => { if (narrow.matches && event.target.tagName === "A") contents.open = false; });
   fit();
+  contents.classList.add("fitted");
 })();

@@ -87,8 +87,11 @@ def test_text_is_nowhere_cut_or_laid_over(browser: Browser, page: Path) -> None:
 
 def test_the_slider_turns_both_columns_by_key(browser: Browser, page: Path) -> None:
     browser.open(page, DESK, "light")
-    shown = f"[...document.querySelectorAll('.gallery .frame')].filter({VISIBLE}).map((one) => one.textContent.trim() || 'picture')"
-    pictures = f"[...document.querySelectorAll('.gallery .frame img')].filter({VISIBLE}).map((one) => one.alt)"
+    first = "document.querySelector('.gallery')"  # of several models; each has its slider
+    shown = (
+        f"[...{first}.querySelectorAll('.frame')].filter({VISIBLE}).map((one) => one.textContent.trim() || 'picture')"
+    )
+    pictures = f"[...{first}.querySelectorAll('.frame img')].filter({VISIBLE}).map((one) => one.alt)"
     said = "document.querySelector('.gallery input').getAttribute('aria-valuetext')"
     assert [text.split(", ")[1:] for text in browser.value(pictures)] == [
         ["1 step", "at guidance 1"],
