@@ -17,11 +17,12 @@ from tests.documents import Block
 
 TABLES = [f"table{name}" for name in (*range(1, 8), "E3")]
 WITH_NUMBERS = [f"figure{number}" for number in (1, 3, 4, 5, 6, 7)]
+PAGE = "reports/report.html"
 RESULTS = [
     *(f"reports/{name}.{kind}" for name in (*TABLES, "claims") for kind in ("csv", "md", "tex")),
     *(f"reports/figure{number}.{kind}" for number in range(1, 14) for kind in ("png", "pdf")),
     *(f"reports/{name}.csv" for name in (*WITH_NUMBERS, "evaluations")),
-    "reports/report.html",
+    PAGE,
 ]
 SNAKEMAKE = ["snakemake", "--profile", "cluster/local", "--config", "scale=smoke"]
 TEACHER = Path("runs/smoke/latent_guided/teacher/M")

@@ -15,7 +15,6 @@ import re
 import shutil
 import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.documents import DOCUMENTS, blocks, runnable
 from tests.pipeline.pages import Page
 from tests.workflow.copies import (
     LIMIT_S,
+    PAGE,
     RESULTS,
     SNAKEMAKE,
     TABLES,
@@ -172,7 +172,7 @@ def test_one_table_is_made_again_alone(runs: Runs) -> None:
     for ending in ("csv", "md", "tex"):
         file.with_suffix(f".{ending}").unlink()
     said = runs.snakemake.run(*SNAKEMAKE, "--", "reports/table5.md")
-    assert set(re.findall(r"^rule (\w+):", said, re.MULTILINE)) == {"table5"}
+    assert set(re.findall(r"^(?:local)?rule (\w+):", said, re.MULTILINE)) == {"table5"}
     assert file.read_bytes() == before
     changed = {name for name, time_ in runs.snakemake.times().items() if time_ != times[name]}
     assert changed == {str(file.with_suffix(f".{ending}")) for ending in ("csv", "md", "tex")}
@@ -218,6 +218,8 @@ def test_killed_and_undisturbed_training_give_the_same_bytes(runs: Runs) -> None
 
 def test_both_engines_give_byte_identical_reports(runs: Runs) -> None:
     for name in RESULTS:
+        if name == PAGE:  # records differ: see the test of the page
+            continue
         assert (runs.snakemake.path / name).read_bytes() == (runs.dvc.path / name).read_bytes(), name
 
 
@@ -247,7 +249,7 @@ def test_trainings_leave_their_curves(runs: Runs) -> None:
 
 
 def test_both_engines_make_the_same_page_but_for_what_is_recorded(runs: Runs) -> None:
-    pages = [(copy.path / "reports/report.html").read_text() for copy in (runs.snakemake, runs.dvc)]
+    pages = [(copy.path / PAGE).read_text() for copy in (runs.snakemake, runs.dvc)]
     commit = runs.snakemake.run("git", "rev-parse", "HEAD").strip()
     assert commit in pages[0]
     assert pages[0] != pages[1]
@@ -259,8 +261,12 @@ def test_both_engines_make_the_same_page_but_for_what_is_recorded(runs: Runs) ->
 
 
 def test_the_page_has_every_students_samples_over_steps_and_guidance(runs: Runs) -> None:
-    folder = runs.snakemake.path / "runs/smoke/latent_guided/gallery"
-    grids = json.loads((folder / "grids.json").read_text())["grids"]
+    slots = {
+        file.parents[1].name: file.parent for file in (runs.snakemake.path / "runs/smoke").glob("*/gallery/grids.json")
+    }
+    every = {slot: json.loads((folder / "grids.json").read_text())["grids"] for slot, folder in slots.items()}
+    assert every.keys() == {"latent_guided", "pixel_uncond", "pixel_cond"}
+    folder, grids = slots["latent_guided"], every["latent_guided"]
     for size in "SM":
         own = [grid for grid in grids if (grid["size"], grid["method"]) == (size, "scd")]
         assert {(grid["steps"], grid["guidance"]) for grid in own} == {(n, s) for n in (1, 2) for s in (1.0, 1.5)}
@@ -272,8 +278,8 @@ def test_the_page_has_every_students_samples_over_steps_and_guidance(runs: Runs)
         }
         pictures = {(folder / grid["file"]).read_bytes() for grid in own}
         assert len(pictures) == len(own), "two of them are the same"
-    shown = Page((runs.snakemake.path / "reports/report.html").read_text()).all("img")
-    assert sum(image["alt"].startswith("Grid of samples") for image in shown) == len(grids)
+    shown = Page((runs.snakemake.path / PAGE).read_text()).all("img")
+    assert sum(image["alt"].startswith("Grid of samples") for image in shown) == sum(map(len, every.values()))
 
 
 def test_a_run_leaves_git_status_clean(runs: Runs) -> None:
@@ -366,7 +372,7 @@ def test_mlflows_interface_opens_as_the_documents_say(runs: Runs) -> None:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
                     assert b"<html" in answer.read().lower()
                     break
-            except urllib.error.URLError:
+            except OSError:  # not there yet, or slow to answer
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.5)
     finally:
