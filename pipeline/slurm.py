@@ -16,7 +16,7 @@ from pipeline.errors import NotYetError, PipelineError
 from pipeline.files import host, is_locked, read_json
 from pipeline.publish import exit_note
 from pipeline.scheduler import FINAL, Scheduler, Seen, accounting, cancel
-from pipeline.submission import output, sbatch
+from pipeline.submission import hand_over, output, sbatch
 
 if TYPE_CHECKING:
     from pipeline.entry import JobEntry
@@ -60,7 +60,10 @@ class Slurm:
             raise NotYetError(f"{job.name}: looking for it in the queue, should it be there already{why}")
         index = ticket.get("index")
         found = [one for one in look.named(ticket["name"]) if index is None or one.endswith(f"_{index}")]
-        return {"job_id": found[0], "host": host()} if found else None
+        if not found:
+            return None
+        hand_over(job, ticket, found[0])
+        return {"job_id": found[0], "host": host()}
 
     def alive(self, job: "Job", ticket: Ticket) -> bool:
         """By the exit note, else by squeue's word; a scheduler that does not answer ends nothing."""

@@ -75,8 +75,25 @@ def begin(
 
 
 def settle(job: "Job", ticket: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """The ticket of a job that is submitted."""
-    write_json(paths.job_folder(job) / "ticket.json", {**ticket, **found}, durable=True)
+    """The ticket of a job that is submitted. Where it cannot be written, the one without a number stands, by which the job is found."""
+    try:
+        write_json(paths.job_folder(job) / "ticket.json", {**ticket, **found}, durable=True)
+    except OSError as error:
+        if ticket["launcher"] != "slurm":
+            raise
+        raise NotYetError(publish.explain(error, f"{job.name}: is submitted, but")) from error
+
+
+def hand_over(job: "Job", ticket: Mapping[str, Any], job_id: str) -> None:
+    """Puts what a job is to run where its process looks for it: submitit does so after sbatch's answer, which may have been lost.
+
+    The process waits a minute for it. By the attempt that it is of: those of an array lie together, under names that say nothing.
+    """
+    place = _folder(job, ticket) / f"{job_id}_submitted.pkl"
+    for draft in [] if place.exists() else place.parent.glob("*.pkl"):
+        if ticket["attempt"].encode() in draft.read_bytes():
+            draft.replace(place)
+            return
 
 
 @contextlib.contextmanager
@@ -108,7 +125,9 @@ def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
             submitted = executor.submit_array(work)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+    except submitit.core.utils.FailedSubmissionError as error:  # it has answered, but with no number: a wrapper of the site's, perhaps
+        raise NotYetError(f"sbatch did not say which job it made: {said(str(error))}") from error
+    except submitit.core.utils.FailedJobError as error:
         words = said(str(error))
         if passes(words):
             raise NotYetError(words) from error
@@ -126,7 +145,12 @@ def said(words: str) -> str:
 
 def output(job: "Job", ticket: Mapping[str, Any]) -> Path:
     """What a submitted job says outside its own log: submitit's words, SLURM's, and those of a process that dies before it has a log."""
-    folder = paths.root() / ticket["folder"] if ticket.get("folder") else submit_folder(job)
+    folder = _folder(job, ticket)
     if ticket.get("job_id") is not None and ticket.get("launcher") == "slurm":
         return folder / f"{ticket['job_id']}_0_log.out"
     return next(iter(sorted(folder.glob("*_log.out"))), folder / "log.out")
+
+
+def _folder(job: "Job", ticket: Mapping[str, Any]) -> Path:
+    """Where submitit's files of a job are: its own, or its array's."""
+    return paths.root() / ticket["folder"] if ticket.get("folder") else submit_folder(job)

@@ -109,6 +109,67 @@ def test_a_lost_ticket_is_found_by_the_jobs_name(cluster: Any) -> None:
     assert (cluster.root / "state/count").read_text() == "x\n"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", "thank you"],
+    ids=["lost", "without a number"],
+)
+def test_a_job_whose_number_sbatch_did_not_say_is_found_and_runs(cluster: Any, answer: str) -> None:
+    """Its process waits for what submitit puts there after the answer."""
+    status = "exit 1" if "error" in answer else ""
+    program = cluster.root / "bin/sbatch"
+    program.write_text(program.read_text().replace('echo "Submitted batch job $id"', f'echo "{answer}" >&2; {status}'))
+    done = cluster.run("first", "slurm")
+    assert done.code == 0, done.err
+    assert "trying again until it works" in done.out
+    assert "first: attached to the running job (SLURM job 101" in done.out
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_ticket_that_cannot_be_written_does_not_lose_the_job(cluster: Any) -> None:
+    """As where a quota is reached just then: the one without a number stands."""
+    (cluster.root / "pipeline/submission.py").write_text(
+        (cluster.root / "pipeline/submission.py").read_text()
+        + """
+def write_json(path, value, durable=False, real=write_json):
+    if path.name == "ticket.json" and value.get("job_id") is not None:
+        raise OSError(122, "Disk quota exceeded", str(path))
+    real(path, value, durable)
+"""
+    )
+    done = cluster.run("first", "slurm")
+    assert done.code == 0, done.err
+    assert re.search(r"first: is submitted, but .*ticket\.json: no space left .*; trying again until it works", done.out)
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_child_that_has_submitted_ends_where_its_waiter_has_died(cluster: Any) -> None:
+    code = """
+    import os, time
+    from pathlib import Path
+    from pipeline.children import in_child
+    def submit():
+        waiter = os.getppid()
+        Path("begun").touch()
+        while os.getppid() == waiter:
+            time.sleep(0.05)
+        return {"job_id": "1"}
+    waiter = os.fork()
+    if waiter == 0:
+        try:
+            in_child(submit)
+        finally:
+            Path("came back").touch()
+    while not Path("begun").exists():
+        time.sleep(0.05)
+    os.kill(waiter, 9)
+    os.waitpid(waiter, 0)
+    """
+    done = cluster.python(code)
+    assert done.code == 0, done.err
+    assert not (cluster.root / "came back").exists()
+
+
 def test_a_scheduler_that_is_away_ends_nothing(cluster: Any) -> None:
     cluster.run("first")
     waiter = cluster.start("steps", "slurm")
