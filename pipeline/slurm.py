@@ -27,8 +27,8 @@ LOST_S = 5.0  # an sbatch whose parent was killed has reached the scheduler by t
 # How a job ends that the cluster has stopped, where it does not start it again itself.
 STOPPED = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
 AGAIN = 20  # submissions of one job by the same waiter
-# What SLURM writes into a job's output when it ends it.
-ENDED = re.compile(r"CANCELLED AT \S+?(?: DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|[A-Z ]+))? \*\*\*")
+# What SLURM writes into a job's output when it ends it. More may follow: `DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS`.
+ENDED = re.compile(r"CANCELLED AT \S+(?: DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|[A-Z]+)[^*\n]*)? \*\*\*")
 DUE_TO = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL", None: "CANCELLED"}
 OUT_OF_MEMORY = re.compile(r"oom.?kill|out.of.memory|exceeded (?:job )?memory limit|OutOfMemory", re.IGNORECASE)
 
@@ -94,6 +94,7 @@ class Slurm:
     def cause(self, job: "Job", ticket: Ticket) -> str:
         """By the last state that squeue showed or sacct has, by how its process ended, and by what SLURM wrote into its output."""
         status, told = self._status(job, ticket), _read_end(output(job, ticket))
+        note = exit_note(job, ticket) or {}
         state, reason = self._state(job, ticket), getattr(self._seen(ticket), "reason", "")
         if state == "OUT_OF_MEMORY" or OUT_OF_MEMORY.search(reason) or OUT_OF_MEMORY.search(told):
             words = f"it was killed for using more memory than it asked for ({ticket.get('memory', '?')})"
@@ -105,6 +106,8 @@ class Slurm:
             words = {"PREEMPTED": "it was preempted"}.get(state, "its node failed") + f", for the {AGAIN}th time"
         elif state == "DEADLINE":
             words = "its deadline passed"
+        elif note.get("status") == "stopped":
+            words = f"{note['message'].removeprefix(f'{job.name}: ')}, for the {AGAIN}th time"
         elif status is not None and status > 128:
             words = f"its process was killed by {_signal(status - 128)}"
             if status == 128 + signal.SIGKILL:

@@ -11,9 +11,14 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from pipeline import execute, submission
+from pipeline.slurm import Slurm
 
 SBATCH = """#!/bin/sh
 [ "$1" = --test-only ] && exit 0
@@ -247,6 +252,41 @@ def test_what_the_cluster_stops_for_good_is_submitted_again(cluster: Any, state:
     assert (cluster.root / "state/count").read_text() == "x\nx\n"
     first, second = (cluster.work.parent / "starts.txt").read_text().split()
     assert (first, int(second) >= 3) == ("0", True)
+
+
+TOLD = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-29T16:23:54{} ***\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "note", "again", "cause"),
+    [
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", None, True, "its node failed, for the 20th time"),
+        (" DUE TO PREEMPTION", None, True, "it was preempted, for the 20th time"),
+        (" DUE TO TIME LIMIT", None, False, "it ran into its time limit of 30 minutes"),
+        (" DUE TO JOB REQUEUE", None, False, "it is no longer known to SLURM"),
+        ("", None, False, "it was cancelled"),
+        ("", "stopped by SIGTERM, saved", False, "it was cancelled"),
+        (None, "stopped by a spent time budget, saved", True, "stopped by a spent time budget, saved, for the 20th time"),
+    ],
+)
+def test_a_job_that_the_queue_has_forgotten_is_judged_by_its_output_and_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str | None, note: str | None, again: bool, cause: str
+) -> None:
+    """What the cluster or a time budget ends is submitted again, at most twenty times; then the cause is said."""
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setenv("SCM_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")  # no squeue, and no sacct
+    job: Any = SimpleNamespace(scale="tiny", name="steps")
+    ticket = {"job_id": "7", "launcher": "slurm", "attempt": "abc", "minutes": 30}
+    (tmp_path / "runs/tiny/.work/steps").mkdir(parents=True)
+    log = submission.output(job, ticket)
+    log.parent.mkdir()
+    log.write_text("" if told is None else TOLD.format(told))
+    if note is not None:
+        execute.note(job, "abc", "stopped", f"steps: {note}")
+    assert Slurm().again(job, ticket) is again
+    assert not Slurm().again(job, {**ticket, "again": 20})
+    assert Slurm().cause(job, {**ticket, "again": 20}) == f"SLURM job 7: {cause}"
 
 
 def test_a_scheduler_that_lets_nobody_in_is_tried_again(cluster: Any) -> None:
