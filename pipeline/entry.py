@@ -42,7 +42,6 @@ class JobEntry:
         """Runs the job; the process ends with status 0, 1 (the note says why), or 130 (cancelled)."""
         os.environ["SCM_ROOT"] = self.root
         os.chdir(self.root)
-        job_id = _job_id()
         if self.launcher == "local":
             # Its own session: Ctrl-C in a terminal reaches the waiter, which decides; a closed terminal stops nothing.
             with contextlib.suppress(PermissionError):
@@ -54,6 +53,7 @@ class JobEntry:
         from pipeline.errors import PipelineError, StoppedError
         from pipeline.files import Lock
 
+        job_id = rendezvous.job_id(os.environ) or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
         # By name, not looked up: params.yaml may have become invalid, or lost the job, since it was submitted.
         name = SimpleNamespace(scale=self.scale, name=self.job_name)
         here = rendezvous.place(os.environ) if self.launcher == "slurm" else None
@@ -121,14 +121,6 @@ class JobEntry:
     def job_name(self) -> str:
         """As in the registry."""
         return "-".join((self.stage, *(value for _, value in self.axes)))
-
-
-def _job_id() -> str:
-    """As squeue shows it: `12`, or `12_3` in an array."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        return f"{array}_{task}"
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
 
 
 def _restarted() -> bool:

@@ -270,8 +270,9 @@ class Waiter:
             raise StoppedError(note["message"])
         mark_died()
         from pipeline.rendezvous import first_failure
+        from pipeline.submission import output
 
-        failed = first_failure(self.job)  # which of several processes
+        failed = first_failure(self.job, output(self.job, ticket))  # which of several processes
         cause = f"{failed} ({backend.cause(self.job, ticket)})" if failed else backend.cause(self.job, ticket)
         raise PipelineError(
             f"{self.job.name}: {cause}; run it again to resume from its last checkpoint{last_words(self.job, ticket)}"
