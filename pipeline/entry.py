@@ -109,8 +109,8 @@ class JobEntry:
 
         name = SimpleNamespace(scale=self.scale, name=self.job_name)
         used = time.time() - STARTED
-        saved = [file for file in (paths.job_folder(name) / "work").rglob("*") if file.stat().st_mtime >= STARTED]
-        if self.limit_s and used > self.limit_s - self.signal_s - SLACK_S and not saved:
+        late = self.limit_s and used > self.limit_s - self.signal_s - SLACK_S
+        if late and not _saved_since(str(paths.job_folder(name) / "work"), STARTED):
             raise PipelineError(
                 f"{name.name}: ran into its time limit of {self.limit_s / 60:.0f} minutes before it had saved anything; give it more time, "
                 "or checkpoints that come earlier (checkpoint_every)"
@@ -121,6 +121,16 @@ class JobEntry:
     def job_name(self) -> str:
         """As in the registry."""
         return "-".join((self.stage, *(value for _, value in self.axes)))
+
+
+def _saved_since(folder: str, start: float) -> bool:
+    """Whether something in a folder is newer. What a thread or another process renames or removes meanwhile is passed over."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(os.path.join(parent, name)).st_mtime >= start:
+                    return True
+    return False
 
 
 def _restarted() -> bool:

@@ -334,3 +334,25 @@ def test_a_restarted_job_outlives_the_lock_of_its_dead_node(cluster: Any) -> Non
         note = json.loads((cluster.work / "first/exit.json").read_text())
         assert note["status"] == status, (note, done.err)
     assert "is already running" in note["message"]
+
+
+def test_a_job_at_its_time_limit_is_started_again_if_it_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes and goes in its folder while that is looked at."""
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setenv("SCM_ROOT", str(tmp_path))
+    work = tmp_path / "runs/tiny/.work/first/work"
+    (work / "checkpoints").mkdir(parents=True)
+    old = work / "checkpoints/old"
+    old.touch()
+    for path in (old, old.parent, work):
+        os.utime(path, (1000, 1000))
+    monkeypatch.setattr(entry, "STARTED", 2000.0)
+    one = entry.JobEntry(str(tmp_path), "tiny", "first", (), "", "abc", "slurm", limit_s=600.0)
+    (work / "gone").symlink_to(work / "nothing")  # listed, and not there
+    os.utime(work, (1000, 1000))
+    with pytest.raises(PipelineError, match="first: ran into its time limit of 10 minutes before it had saved"):
+        one.checkpoint()
+    (work / "checkpoints/new").touch()
+    assert one.checkpoint().function is one
