@@ -20,6 +20,7 @@ from pipeline import attempts, paths, preflight, publish, site, unfinished
 from pipeline.backends import prepare, submit_folder
 from pipeline.errors import NotYetError, PipelineError
 from pipeline.files import Lock, write_json
+from pipeline.rendezvous import request
 from pipeline.scheduler import passes
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def begin(
         "attempt": attempt,
         "submitted": time.time(),
         "job_id": None,
+        "minutes": job.resources.minutes,
+        "memory": request(job.resources)["mem"],
         "name": f"{job.name}@{attempt[:8]}",
     }
     write_json(folder / "ticket.json", ticket, durable=True)
@@ -125,15 +128,15 @@ def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
             submitted = executor.submit_array(work)
-    except submitit.core.utils.FailedSubmissionError as error:  # it has answered, but with no number: a wrapper of the site's, perhaps
+    except submitit.core.utils.FailedSubmissionError as error:
+        # It has answered, but with no number: a wrapper of the site's, perhaps.
         raise NotYetError(f"sbatch did not say which job it made: {said(str(error))}") from error
     except submitit.core.utils.FailedJobError as error:
         words = said(str(error))
         if passes(words):
             raise NotYetError(words) from error
         raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {site.SITE}") from error
-    asked = {"minutes": wanted["time"], "memory": wanted.get("mem"), "folder": paths.relative(folder)}
-    return [{"job_id": str(one.job_id), **asked} for one in submitted]
+    return [{"job_id": str(one.job_id), "folder": paths.relative(folder)} for one in submitted]
 
 
 def said(words: str) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import execute, submission
+from pipeline import entry, execute, submission
+from pipeline.errors import PipelineError
 from pipeline.slurm import Slurm
 
 SBATCH = """#!/bin/sh
@@ -144,7 +146,9 @@ def write_json(path, value, durable=False, real=write_json):
     )
     done = cluster.run("first", "slurm")
     assert done.code == 0, done.err
-    assert re.search(r"first: is submitted, but .*ticket\.json: no space left .*; trying again until it works", done.out)
+    assert re.search(
+        r"first: is submitted, but .*ticket\.json: no space left .*; trying again until it works", done.out
+    )
     assert (cluster.root / "state/count").read_text() == "x\n"
 
 
@@ -266,7 +270,12 @@ TOLD = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-29T16:23:54{}
         (" DUE TO JOB REQUEUE", None, False, "it is no longer known to SLURM"),
         ("", None, False, "it was cancelled"),
         ("", "stopped by SIGTERM, saved", False, "it was cancelled"),
-        (None, "stopped by a spent time budget, saved", True, "stopped by a spent time budget, saved, for the 20th time"),
+        (
+            None,
+            "stopped by a spent time budget, saved",
+            True,
+            "stopped by a spent time budget, saved, for the 20th time",
+        ),
     ],
 )
 def test_a_job_that_the_queue_has_forgotten_is_judged_by_its_output_and_its_note(
@@ -301,6 +310,52 @@ def test_a_scheduler_that_lets_nobody_in_is_tried_again(cluster: Any) -> None:
     assert waiter.returncode == 0, err
     assert "first: QOSMaxSubmitJobPerUserLimit; trying again until it works\n" in out
     assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+SUBMIT = """
+from pipeline import params, paths, registry, slurm, submit, submission
+from pipeline.errors import PipelineError
+slurm.LOST_S = 0.5
+loaded = params.load(paths.root() / "params.yaml")
+def all_of(*names):
+    return submit.submit([registry.find(loaded, name, {}) for name in names], loaded)
+"""
+
+
+def test_what_a_scheduler_that_was_away_did_not_take_is_submitted_by_the_next_submit(cluster: Any) -> None:
+    program = cluster.root / "bin/sbatch"
+    away = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    program.write_text(f'#!/bin/sh\n[ -e $STATE/away ] && {{ echo "{away}" >&2; exit 1; }}\n{program.read_text()}')
+    (cluster.root / "state/away").touch()
+    code = f"{SUBMIT}\nprint(all_of('first'))"
+    refused = cluster.python(code)
+    assert "Unable to contact slurm controller" in refused.err
+    assert (cluster.work / "first/ticket.json").exists()  # it may have been heard all the same
+    (cluster.root / "state/away").unlink()
+    cluster.wait_for(lambda: "'submitted': 1" in cluster.python(code).out)
+    assert "'submitted or running already': 1" in cluster.python(code).out
+    done = cluster.run("first", "slurm")
+    assert done.code == 0, done.err
+    assert "attached" in done.out or "had ended meanwhile" in done.out
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_job_that_cannot_be_begun_leaves_no_ticket_of_those_before_it(cluster: Any) -> None:
+    code = """
+    def begin(job, *more, real=submission.begin):
+        if job.name == "dying":
+            raise PipelineError("dying: was begun with others")
+        return real(job, *more)
+    submission.begin = begin
+    try:
+        all_of("sleeper", "dying")
+    except PipelineError as error:
+        print(error)
+    """
+    done = cluster.python(SUBMIT + textwrap.dedent(code))
+    assert done.out == "dying: was begun with others\n", done.err
+    assert (cluster.work / "sleeper").exists()
+    assert not (cluster.work / "sleeper/ticket.json").exists()
 
 
 def test_a_restarted_job_outlives_the_lock_of_its_dead_node(cluster: Any) -> None:
