@@ -155,6 +155,8 @@ class Waiter:
                 return None
             if ticket is not None and process.get("attempt") == ticket["attempt"]:
                 raise NotYetError(f"{self.job.name}: its last process is still ending ({backend.where(ticket)})")
+            if not process or (process.get("host") == host() and not is_alive(process)):
+                raise NotYetError(f"{self.job.name}: is just being started by another process")
             # Run by an inline launcher.
             state = read_json(self.folder / "state.json") or {}
             ticket = {**process, "fingerprint": state.get("fingerprint"), "launcher": "local"}
