@@ -216,6 +216,14 @@ def test_bad_site_settings(cluster: Any, text: str, words: str) -> None:
     assert not (cluster.root / "state/count").exists()
 
 
+def test_an_interval_that_is_none_is_said_before_anything_is_submitted(cluster: Any) -> None:
+    done = cluster.run("first", "slurm", SCM_SLURM_POLL="soon")
+    assert done.code == 1
+    assert done.err == "error: SCM_SLURM_POLL=soon: expected seconds above 0 and below an hour, such as 15\n"
+    assert not (cluster.root / "state/count").exists()
+    assert not (cluster.work / "first/ticket.json").exists()
+
+
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="SLURM is installed here")
 def test_no_slurm_here(repo: Any) -> None:
     done = repo.run("first", "slurm")
