@@ -134,9 +134,9 @@ class Scheduler:
             self._known, self._version = Look(**values, jobs=jobs), version
         return self._known
 
-    def look(self, wait: bool = False) -> Look:
-        """The last look if it is young enough, or if somebody else is about to replace it (unless `wait`); else a new one."""
-        if not self._due(self.known()) or not self._lock.acquire(wait=wait):
+    def look(self) -> Look:
+        """The last look if it is young enough, or if somebody else is about to replace it; else a new one."""
+        if not self._due(self.known()) or not self._lock.acquire(wait=False):
             return self._known
         try:
             if self._due(self.known()):
@@ -181,28 +181,15 @@ class Scheduler:
         self.known()
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A job's end as the accounting has it."""
-
-    state: str
-    exit: str
-    """`status:signal`."""
-    node: str
-
-
-def accounting(job_id: str) -> Ended | None:
-    """What sacct says of a job; None where there is no accounting, or no answer."""
-    command = ["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State,ExitCode,NodeList"]
+def accounting(job_id: str) -> str | None:
+    """The state that sacct has of a job; None where there is no accounting, or no answer."""
+    command = ["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (subprocess.SubprocessError, OSError):
         return None
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
-    if not rows:
-        return None
-    state, exit_code, node = rows[-1]
-    return Ended(state.partition(" ")[0], exit_code, "" if node.startswith("None") else node)  # CANCELLED by 1000
+    rows = done.stdout.split("\n")[:-1]
+    return rows[-1].partition(" ")[0] if rows else None  # CANCELLED by 1000
 
 
 def cancel(job_id: str, tries: int = 3) -> str:

@@ -26,6 +26,7 @@ APPEARS_S = 60.0  # a job may not be shown yet right after its submission
 LOST_S = 5.0  # an sbatch whose parent was killed has reached the scheduler by then, or never will
 # How a job ends that the cluster has stopped, where it does not start it again itself.
 STOPPED = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
+ENDS = FINAL | {"PREEMPTED"}  # it stays so where the cluster does not requeue what it preempts
 AGAIN = 20  # submissions of one job by the same waiter
 # What SLURM writes into a job's output when it ends it. More may follow: `DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS`.
 ENDED = re.compile(r"CANCELLED AT \S+(?: DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|[A-Z]+)[^*\n]*)? \*\*\*")
@@ -141,12 +142,12 @@ class Slurm:
     def _state(self, job: "Job", ticket: Ticket) -> str:
         """The state in which a job has ended: by squeue, else by sacct, else by SLURM's words in its output; empty where nobody knows."""
         seen, job_id = self._seen(ticket), ticket["job_id"]
-        if seen is not None and seen.state in (*FINAL, "PREEMPTED"):
+        if seen is not None and seen.state in ENDS:
             return seen.state
         if job_id not in self._ended:
             ended = accounting(job_id)
-            if ended is not None and ended.state in (*FINAL, "PREEMPTED"):
-                self._ended[job_id] = ended.state
+            if ended in ENDS:
+                self._ended[job_id] = ended
             else:
                 told = [match[1] for match in ENDED.finditer(_read_end(output(job, ticket)))]
                 self._ended[job_id] = DUE_TO.get(told[-1], "") if told else ""

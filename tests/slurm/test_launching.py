@@ -175,6 +175,7 @@ def test_a_waiter_killed_between_sbatch_and_its_ticket(cluster_repo: ClusterRepo
     found = repo.waiter("sleeper")
     job = repo.ticket("sleeper")["job_id"]
     assert repo.submissions("sleeper") == [job]
+    repo.repo.pid("sleeper")  # what it is to run was put there by whoever found it
     found.terminate()
     out, err = found.communicate(timeout=60)
     assert "attached to the running job" in out
