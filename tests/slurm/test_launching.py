@@ -247,6 +247,9 @@ def test_logs_of_a_job(cluster_repo: ClusterRepo) -> None:
     unknown = repo.pipeline("logs", "exit")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
     waiter = repo.waiter("first")
+    # Before that there is nothing to follow.
+    known = (repo.work / "first/ticket.json", repo.root / "runs/tiny/first")
+    repo.slurm.wait_for(lambda: any(path.exists() for path in known))
     follower = repo.start("python", "-m", "pipeline", "logs", "first", "-f")
     assert waiter.wait(60) == 0
     assert follower.wait(60) == 0
