@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline import paths
 from pipeline.errors import PipelineError, suggestion
 from pipeline.files import Lock, read_json, sha256_text, user, write_json
-from pipeline.scheduler import passes, query_s
+from pipeline.scheduler import passes, query_s, unfiltered
 from pipeline.site import SITE, Site
 
 if TYPE_CHECKING:
@@ -261,6 +261,7 @@ def ask(command: list[str], script: str = "") -> str:
             check=False,
             timeout=TIMEOUT_S,
             cwd=paths.root(),
+            env=unfiltered(),
             input=script,
         )
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from pipeline.doctor import Check
 from pipeline.errors import PipelineError
 from pipeline.files import is_locked, read_json
 from pipeline.probe import FACTS, HELLO, HERE, LOCK, NODE, SIGNALS, THERE, Probe
-from pipeline.scheduler import FINAL
+from pipeline.scheduler import FINAL, unfiltered
 
 TINY = {"time": 10, "mem": "4000MB", "cpus_per_task": 1, "ntasks_per_node": 1}
 PATIENCE_S = 20.0  # for what a running job should do at once, on a slow file system
@@ -86,7 +86,7 @@ class Trial:
 
     def _cancel(self, *options: str) -> None:
         if self.job:
-            subprocess.run(["scancel", *options, self.job], capture_output=True, check=False)
+            subprocess.run(["scancel", *options, self.job], capture_output=True, check=False, env=unfiltered())
 
     def _checks(self, wait_s: float) -> Iterator[Check]:
         hello = self._started(wait_s)

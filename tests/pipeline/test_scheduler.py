@@ -140,6 +140,14 @@ def test_nothing_is_known_without_a_scheduler(queue: Path, monkeypatch: pytest.M
     assert Look().jobs == {}
 
 
+def test_what_a_user_has_squeue_show_by_default_hides_no_job(queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = queue.parent / "bin/squeue"
+    program.write_text(program.read_text().replace("cat", '[ -n "$SQUEUE_PARTITION" ] || cat'))
+    monkeypatch.setenv("SQUEUE_PARTITION", "gpu")
+    show(queue, "RUNNING")
+    assert list(Scheduler().look().jobs) == ["7"]
+
+
 @pytest.mark.parametrize(
     ("said", "state"),
     [("COMPLETED\n", "COMPLETED"), ("NODE_FAIL\nCANCELLED by 1000\n", "CANCELLED"), ("", None), (None, None)],
