@@ -237,9 +237,10 @@ def test_a_time_limit_that_nothing_is_saved_in(timing_out: Any) -> None:
 
 def test_logs_of_a_job(cluster_repo: ClusterRepo) -> None:
     repo = cluster_repo
-    none = repo.pipeline("logs", "sleeper")
-    assert (none.returncode, none.stderr.count("\n")) == (2, 1)
-    assert "no log yet in runs/tiny/.logs/sleeper.log" in none.stderr
+    for more in ((), ("-f",)):
+        none = repo.pipeline("logs", "sleeper", *more)
+        assert (none.returncode, none.stderr.count("\n")) == (2, 1)
+        assert "no log yet in runs/tiny/.logs/sleeper.log: it has not run" in none.stderr
     assert repo.waiter("exits").wait(60) == 1
     shown = repo.pipeline("logs", "exits", "-n", "1")
     assert (shown.stdout, shown.stderr) == ("last words\n", "exits: runs/tiny/.logs/exits.log\n")
