@@ -106,6 +106,13 @@ def submitting(job: "Job") -> Any:
         yield
 
 
+def leave_job() -> None:
+    """Within a job of SLURM, such as a shell on a node: what was granted to that one would be asked for again."""
+    if "SLURM_JOB_ID" in os.environ:
+        for known in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_")) and key != "SLURM_CONF"]:
+            del os.environ[known]
+
+
 def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | None = None) -> list[dict[str, Any]]:
     """Submits one job, or several that ask for the same as `job` as an array into `folder`; what a ticket needs of each.
 
@@ -113,9 +120,7 @@ def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | 
     """
     import submitit
 
-    if "SLURM_JOB_ID" in os.environ:  # within a job: what was granted to that one would be asked for again
-        for known in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_")) and key != "SLURM_CONF"]:
-            del os.environ[known]
+    leave_job()
     settings = site.load()
     preflight.before_submission(settings, job)
     wanted = settings.request(job)

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import is_locked, read_json
 from pipeline.probe import FACTS, HELLO, HERE, LOCK, NODE, SIGNALS, THERE, Probe
 from pipeline.scheduler import FINAL, unfiltered
+from pipeline.submission import leave_job
 
 TINY = {"time": 10, "mem": "4000MB", "cpus_per_task": 1, "ntasks_per_node": 1}
 PATIENCE_S = 20.0  # for what a running job should do at once, on a slow file system
@@ -53,6 +54,7 @@ class Trial:
         """Queues the job."""
         import submitit
 
+        leave_job()
         self.folder.mkdir(parents=True)
         tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
         wanted = dict(self.request)
