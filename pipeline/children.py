@@ -48,9 +48,11 @@ def in_child(submit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             answer = {"error": explain(error, "cannot submit:")}
         except BaseException as error:
             answer = {"error": f"cannot submit: {type(error).__name__}: {' '.join(str(error).split())}"}
-        with os.fdopen(writable, "w") as pipe:
-            json.dump(answer, pipe)
-        os._exit(0)
+        try:
+            with os.fdopen(writable, "w") as pipe:
+                json.dump(answer, pipe)
+        finally:
+            os._exit(0)  # also where nobody listens any more: what waits is the parent's to do
     os.close(writable)
     with os.fdopen(readable) as pipe:
         text = pipe.read()

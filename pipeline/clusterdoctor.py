@@ -2,7 +2,8 @@
 """`python -m pipeline doctor --cluster`: tries a SLURM site, with one tiny job for each kind of request, and says what to change.
 
 Everything that launching relies on is tried, not looked up: files and locks across machines, signals, requeue, the environment. What can
-only be looked up (preemption, limits) is asked of `scontrol`. The jobs take a core and, where the kind has GPUs, one of these.
+only be looked up (preemption, limits) is asked of `scontrol`. A job takes as many nodes as the largest of its kind, and of each a core and,
+where the kind has GPUs, one of these.
 """
 
 import os
@@ -51,7 +52,7 @@ def checks(scale: str | None, wait_s: float) -> Iterator[Check]:
     except PipelineError as error:
         yield Check("requests", False, remedy=str(error))
         return
-    yield from requests(settings, params)
+    yield from doctor.guarded("requests", lambda: requests(settings, params))
     yield from run(list({str(trial.request): trial for trial in trials}.values()), wait_s)
 
 
@@ -156,7 +157,8 @@ def requests(settings: site.Site, params: Params) -> Iterator[Check]:
     """Whether SLURM would take what the jobs of the scale ask for."""
     for job, request in preflight.distinct(settings, registry.jobs(params)):
         what = f"{site.kind(job)} at scale {params.scale}"
-        detail = f"{preflight.asked(request)}, {request['time'] / 60:.3g} hours"
+        nodes = f"{request['nodes']} nodes of " if request["nodes"] > 1 else ""
+        detail = f"{nodes}{preflight.asked(request)}, {request['time'] / 60:.3g} hours"
         try:
             preflight.accepts(job, request)
             yield Check(what, True, f"{detail}: accepted")
@@ -171,16 +173,17 @@ def run(trials: list[Trial], wait_s: float) -> Iterator[Check]:
     os.environ |= {"PYTHONPATH": os.pathsep.join([home, *known]), MARK: "1"}
     packages = tuple(doctor.pins())
     queued = []
-    for trial in trials:
-        try:
-            trial.submit(packages)
-            queued.append(trial)
-        except Exception as error:  # submitit's own errors are of several kinds
-            yield Check(f"{trial.kind}: a job", False, remedy=" ".join(str(error).split())[:300])
+    pool = ThreadPoolExecutor(max(1, len(trials)))
     try:
-        with ThreadPoolExecutor(max(1, len(queued))) as pool:
-            for found in pool.map(lambda trial: trial.check(wait_s), queued):
-                yield from found
-    finally:
         for trial in trials:
-            shutil.rmtree(trial.folder, ignore_errors=True)
+            try:
+                trial.submit(packages)
+                queued.append(trial)
+            except Exception as error:  # submitit's own errors are of several kinds
+                yield Check(f"{trial.kind}: a job", False, remedy=" ".join(str(error).split())[:300])
+        for found in pool.map(lambda trial: trial.check(wait_s), queued):
+            yield from found
+    finally:
+        for trial in trials:  # first, as a thread follows its job until that has ended: Ctrl-C would wait for the queue
+            trial.close()
+        pool.shutdown()

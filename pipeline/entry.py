@@ -42,7 +42,6 @@ class JobEntry:
         """Runs the job; the process ends with status 0, 1 (the note says why), or 130 (cancelled)."""
         os.environ["SCM_ROOT"] = self.root
         os.chdir(self.root)
-        job_id = _job_id()
         if self.launcher == "local":
             # Its own session: Ctrl-C in a terminal reaches the waiter, which decides; a closed terminal stops nothing.
             with contextlib.suppress(PermissionError):
@@ -54,6 +53,7 @@ class JobEntry:
         from pipeline.errors import PipelineError, StoppedError
         from pipeline.files import Lock
 
+        job_id = rendezvous.job_id(os.environ) or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
         # By name, not looked up: params.yaml may have become invalid, or lost the job, since it was submitted.
         name = SimpleNamespace(scale=self.scale, name=self.job_name)
         here = rendezvous.place(os.environ) if self.launcher == "slurm" else None
@@ -109,8 +109,8 @@ class JobEntry:
 
         name = SimpleNamespace(scale=self.scale, name=self.job_name)
         used = time.time() - STARTED
-        saved = [file for file in (paths.job_folder(name) / "work").rglob("*") if file.stat().st_mtime >= STARTED]
-        if self.limit_s and used > self.limit_s - self.signal_s - SLACK_S and not saved:
+        late = self.limit_s and used > self.limit_s - self.signal_s - SLACK_S
+        if late and not _saved_since(str(paths.job_folder(name) / "work"), STARTED):
             raise PipelineError(
                 f"{name.name}: ran into its time limit of {self.limit_s / 60:.0f} minutes before it had saved anything; give it more time, "
                 "or checkpoints that come earlier (checkpoint_every)"
@@ -123,12 +123,14 @@ class JobEntry:
         return "-".join((self.stage, *(value for _, value in self.axes)))
 
 
-def _job_id() -> str:
-    """As squeue shows it: `12`, or `12_3` in an array."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        return f"{array}_{task}"
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+def _saved_since(folder: str, start: float) -> bool:
+    """Whether something in a folder is newer. What a thread or another process renames or removes meanwhile is passed over."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(os.path.join(parent, name)).st_mtime >= start:
+                    return True
+    return False
 
 
 def _restarted() -> bool:

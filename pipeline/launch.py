@@ -155,6 +155,8 @@ class Waiter:
                 return None
             if ticket is not None and process.get("attempt") == ticket["attempt"]:
                 raise NotYetError(f"{self.job.name}: its last process is still ending ({backend.where(ticket)})")
+            if not process or (process.get("host") == host() and not is_alive(process)):
+                raise NotYetError(f"{self.job.name}: is just being started by another process")
             # Run by an inline launcher.
             state = read_json(self.folder / "state.json") or {}
             ticket = {**process, "fingerprint": state.get("fingerprint"), "launcher": "local"}
@@ -270,8 +272,9 @@ class Waiter:
             raise StoppedError(note["message"])
         mark_died()
         from pipeline.rendezvous import first_failure
+        from pipeline.submission import output
 
-        failed = first_failure(self.job)  # which of several processes
+        failed = first_failure(self.job, output(self.job, ticket))  # which of several processes
         cause = f"{failed} ({backend.cause(self.job, ticket)})" if failed else backend.cause(self.job, ticket)
         raise PipelineError(
             f"{self.job.name}: {cause}; run it again to resume from its last checkpoint{last_words(self.job, ticket)}"

@@ -70,10 +70,11 @@ def main(argv: Sequence[str]) -> int:
     job = find(options.stage, axis_values(options.axes))
     ticket = read_json(paths.job_folder(job) / "ticket.json")
     log = source(job, ticket)
-    if not log.exists() and not options.follow:
-        state = "is submitted and has not started" if ticket else "has not run, or ran in a terminal"
+    going = _state(job, ticket)
+    if not log.exists() and not (options.follow and going):
+        state = "is submitted and has not started" if going else "has not run, or ran in a terminal"
         raise PipelineError(f"{job.name}: no log yet in {paths.relative(log)}: it {state}")
-    print(f"{job.name}{_state(job, ticket)}: {paths.relative(log)}", file=sys.stderr, flush=True)
+    print(f"{job.name}{going}: {paths.relative(log)}", file=sys.stderr, flush=True)
     for line in tail(log, options.lines, whole=True):
         print(line)
     if options.follow:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline import paths
 from pipeline.errors import PipelineError, suggestion
 from pipeline.files import Lock, read_json, sha256_text, user, write_json
-from pipeline.scheduler import passes
+from pipeline.scheduler import passes, query_s, unfiltered
 from pipeline.site import SITE, Site
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def programs() -> None:
 
 
 def environment() -> None:
-    """Jobs get the variables of this process: SCM_DATA and the like, and those that submitit sets."""
+    """Jobs get the variables of this process: SCM_DATA and the like, and those that submitit sets. SCM_SLURM_POLL is a number."""
+    query_s()
     export = os.environ.get("SBATCH_EXPORT", "ALL")
     if not export.startswith("ALL"):
         raise PipelineError(f"SBATCH_EXPORT={export} keeps variables from jobs that they need; unset SBATCH_EXPORT")
@@ -164,9 +165,10 @@ def _accepted(job: Job, request: dict[str, Any], limits: dict[str, float]) -> No
             return
         if "node configuration" in words.lower() or "(gres)" in words.lower():
             have = nodes(request.get("partition"))
-            if any(node.holds(asked(request)) for node in have):  # those that would do are down
+            would_do = sum(count for node, count in have.items() if node.holds(asked(request)))
+            if would_do >= request["nodes"]:  # they are down
                 return
-            raise PipelineError(f"{job.name}: {_too_large(request, have)}") from None
+            raise PipelineError(f"{job.name}: {_too_large(request, have, would_do)}") from None
         raise PipelineError(f"{job.name}: SLURM refuses it: {words}; {_remedy(words, request, limits)}") from None
 
 
@@ -214,25 +216,29 @@ def asked(request: dict[str, Any]) -> Node:
     return Node(cores, int(request["mem"].removesuffix("MB")), int(gpus), kind)
 
 
-def nodes(partition: str | None) -> list[Node]:
-    """The kinds of nodes of a partition, or of all; one with two kinds of GPU counts as two."""
-    command = ["sinfo", "-h", "-a", "-e", "-o", "%c|%m|%G", *(["-p", partition] if partition else [])]
-    found = set()
+def nodes(partition: str | None) -> dict[Node, int]:
+    """The kinds of nodes of a partition, or of all, and how many there are; those with two kinds of GPU are counted with either."""
+    # -a: of hidden partitions too; sinfo takes it for a contradiction of -p.
+    command = ["sinfo", "-h", "-e", "-o", "%D|%c|%m|%G", *(["-p", partition] if partition else ["-a"])]
+    found: dict[Node, int] = {}
     for line in ask(command).splitlines():
-        cores, memory, gres = line.split("|")
+        count, cores, memory, gres = line.split("|")
         # gpu:8, gpu:h100:8(S:0-1), or a list of such
         for kind, gpus in re.findall(r"\bgpu(?::([^:,()]+))?:(\d+)", gres) or [("", "0")]:
-            found.add(Node(int(cores.rstrip("+")), int(memory.rstrip("+")), int(gpus), kind))
-    return sorted(found)
+            node = Node(int(cores.rstrip("+")), int(memory.rstrip("+")), int(gpus), kind)
+            found[node] = found.get(node, 0) + int(count)
+    return dict(sorted(found.items()))
 
 
-def _too_large(request: dict[str, Any], have: list[Node]) -> str:
+def _too_large(request: dict[str, Any], have: dict[Node, int], would_do: int) -> str:
+    wanted = "a node" if request["nodes"] == 1 else f"{request['nodes']} nodes"
     where = f"partition {request['partition']}" if "partition" in request else "the cluster"
     features = f" and the features {request['constraint']}" if "constraint" in request else ""
     kinds = "; ".join(map(str, have)) or "none"
+    other = "lower its `processes`" if would_do else "say in the section `hardware` what a node of yours has"
     return (
-        f"asks for a node of {asked(request)}{features}, and {where} has none (its nodes: {kinds}): name another partition in {SITE}, "
-        "or say in the section `hardware` of params.yaml what a node of yours has"
+        f"asks for {wanted} of {asked(request)}{features}, and {where} has {would_do or 'none'} (its nodes: {kinds}): "
+        f"name another partition in {SITE}, or {other} in params.yaml"
     )
 
 
@@ -255,6 +261,7 @@ def ask(command: list[str], script: str = "") -> str:
             check=False,
             timeout=TIMEOUT_S,
             cwd=paths.root(),
+            env=unfiltered(),
             input=script,
         )
     except FileNotFoundError:

@@ -8,6 +8,7 @@ imported when it is needed: a broken environment is to be found, not to keep thi
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 MARK = "SCM_DOCTOR"  # a variable that should travel with the job
 HELLO, FACTS, THERE, SIGNALS = "hello.json", "facts.json", "there", "signals"  # written by the job
 HERE, LOCK = "here", "lock"
+NODE = "node-"  # and a number: by each of the job's other tasks, which are on other nodes
 LIMIT_S = 120.0
 HANDLED = (signal.SIGUSR2, signal.SIGTERM)
 
@@ -33,11 +35,15 @@ class Probe:
 
     def __call__(self) -> None:
         """Says hello, holds a lock, collects facts, answers, and waits for signals until it is cancelled."""
+        rank = int(os.environ.get("SLURM_PROCID", "0"))
+        if rank:
+            self._reach_first(rank)
+            return
+        door = socket.create_server(("", 0))
         for signum in HANDLED:
             signal.signal(signum, self._note)
-        self._write(
-            HELLO, {"time": time.time(), "node": os.environ.get("SLURMD_NODENAME", ""), "mark": os.environ.get(MARK)}
-        )
+        hello = {"time": time.time(), "node": os.environ.get("SLURMD_NODENAME", ""), "mark": os.environ.get(MARK)}
+        self._write(HELLO, {**hello, "port": door.getsockname()[1]})
         from pipeline.files import Lock
 
         with Lock(Path(self.folder, LOCK)).held():
@@ -47,6 +53,26 @@ class Probe:
                 if Path(self.folder, HERE).exists() and not Path(self.folder, THERE).exists():
                     self._write(THERE, {"said": Path(self.folder, HERE).read_text()})
                 time.sleep(0.05)
+
+    def _reach_first(self, rank: int) -> None:
+        """What a task on another node does: it connects to the first one's, as in a training, and waits until it is cancelled."""
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # for the first one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit's handler would go on
+        from pipeline.errors import PipelineError
+        from pipeline.files import read_json
+        from pipeline.rendezvous import address
+
+        deadline = time.monotonic() + LIMIT_S
+        while (hello := read_json(Path(self.folder, HELLO))) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        trouble = None if hello else f"{HELLO} of the first node is not seen here"
+        try:
+            if hello:
+                socket.create_connection((address(hello["node"]), hello["port"]), timeout=10).close()
+        except (OSError, PipelineError) as error:
+            trouble = str(error)
+        self._write(f"{NODE}{rank}.json", {"node": os.environ.get("SLURMD_NODENAME", ""), "trouble": trouble})
+        time.sleep(LIMIT_S)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         with Path(self.folder, SIGNALS).open("a") as file:

@@ -137,7 +137,7 @@ def run_task(name: paths.JobName, here: rendezvous.Place, find: "Callable[[], tu
     except LostError as error:
         print(f"error: {error}", flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        rendezvous.leave_word(name, here, str(error), lost=True)
+        rendezvous.leave_word(here, str(error), lost=True)
         # Its end is the first task's to say, or SLURM's: a task that fails now would be taken for the cause.
         time.sleep(rendezvous.PATIENCE_S + GRACE_S)
         return 1
@@ -147,7 +147,7 @@ def run_task(name: paths.JobName, here: rendezvous.Place, find: "Callable[[], tu
             traceback.print_exc()
             text = f"{type(error).__name__}: {text or 'no message'}"
         words = f"{text} (log: {paths.relative(paths.log_file(name, here.rank))})"
-        rendezvous.leave_word(name, here, words, lost=False)
+        rendezvous.leave_word(here, words, lost=False)
         with paths.log_file(name).open("a", encoding="utf-8") as log:
             log.write(f"error: {here}: {words}\n")
         print(f"error: {text}", flush=True)

@@ -15,10 +15,10 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import paths
-from pipeline.backends import submit_folder
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 
@@ -49,6 +49,8 @@ class Place:
     """Where the first task listens: told by the job, as nobody can ask it before."""
     restart: int
     """How often SLURM has started the job again."""
+    log: Path
+    """What submitit, srun and SLURM say of the job; its tasks leave word beside it."""
 
     def __str__(self) -> str:
         return f"process {self.rank} on {self.node}"
@@ -95,11 +97,18 @@ def place(env: Mapping[str, str]) -> Place | None:
     for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURMD_NODENAME"):
         if name not in env:
             raise PipelineError(f"{name}: SLURM_NTASKS is {count}, but {name} is not set; start the tasks with srun")
-    job, restart = env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", "0"))
+    folder, restart = env.get("SUBMITIT_FOLDER", ""), int(env.get("SLURM_RESTART_COUNT", "0"))
     # With submitit's folder, as two clusters may count alike; with the restart, as the former start's port may not be free yet.
-    known = f"{env.get('SUBMITIT_FOLDER', '')} {job} {restart}"
+    known = f"{folder} {env['SLURM_JOB_ID']} {restart}"
     port = PORTS[zlib.crc32(known.encode()) % len(PORTS)]
-    return Place(int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]), env["SLURMD_NODENAME"], port, restart)
+    log = Path(folder, f"{job_id(env)}_0_log.out")
+    return Place(int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]), env["SLURMD_NODENAME"], port, restart, log)
+
+
+def job_id(env: Mapping[str, str]) -> str:
+    """A job's number as squeue shows it, `12` or `12_3` in an array; empty outside of SLURM's jobs."""
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID", "")
 
 
 def join(here: Place) -> None:
@@ -181,19 +190,19 @@ def announce(here: Place) -> None:
     print(f"{STARTED} {here.restart}: {here}", flush=True)
 
 
-def leave_word(job: paths.JobName, here: Place, message: str, lost: bool) -> None:
+def leave_word(here: Place, message: str, lost: bool) -> None:
     """Why a task ends, for the first one and for whoever waits. `lost`: because others were gone, which is nobody's cause."""
-    file = submit_folder(job) / f"failed-{here.restart}-{here.rank}.json"
+    file = here.log.with_name(f"{_own(here.log)}_failed-{here.restart}-{here.rank}.json")
     write_json(file, {"rank": here.rank, "message": f"{here}: {message}", "lost": lost, "time": time.time()})
 
 
-def first_failure(job: paths.JobName) -> str | None:
-    """Which process of the job's last start failed first, where, and with which words; None if nobody says.
+def first_failure(job: paths.JobName, log: Path) -> str | None:
+    """Which process of the job's last start failed first, where, and with which words, by submitit's log of it; None if nobody says.
 
     Its own words count first; a task that died without any is named by srun.
     """
-    restart, said = _since_start(job)
-    own = [word for word in _words(job, restart) if not word["lost"]]
+    restart, said = _since_start(log)
+    own = [word for word in _words(log, restart) if not word["lost"]]
     if own:
         return str(min(own, key=lambda word: word["time"])["message"])
     ended, cleared = ENDED.search(said), CLEARED.search(said)
@@ -203,8 +212,8 @@ def first_failure(job: paths.JobName) -> str | None:
     status = re.fullmatch(r"Exited with exit code (\d+)", how)
     if status is not None and int(status[1]) > 128:  # a shell around it has seen the signal
         how = signal.strsignal(int(status[1]) - 128) or how
-    log = f" (log: {paths.relative(paths.log_file(job, int(tasks)))})" if tasks.isdigit() and int(tasks) else ""
-    return f"process {tasks} on {node} died: {how}{log}"
+    where = f" (log: {paths.relative(paths.log_file(job, int(tasks)))})" if tasks.isdigit() and int(tasks) else ""
+    return f"process {tasks} on {node} died: {how}{where}"
 
 
 def brief(error: Exception) -> str:
@@ -224,10 +233,10 @@ def why_lost(job: "Job", here: Place, error: Exception) -> PipelineError:
         flush=True,
     )
     while time.monotonic() < deadline:
-        words = first_failure(job)
+        words = first_failure(job, here.log)
         if words is not None:
             return PipelineError(f"{job.name}: {words}; the same command goes on from its last checkpoint")
-        if len(_words(job, here.restart)) == here.count - 1:  # all are there: it is the network
+        if len(_words(here.log, here.restart)) == here.count - 1:  # all are there: it is the network
             break
         time.sleep(0.5)
     return PipelineError(
@@ -235,15 +244,20 @@ def why_lost(job: "Job", here: Place, error: Exception) -> PipelineError:
     )
 
 
-def _words(job: paths.JobName, restart: int) -> list[dict[str, Any]]:
-    found = (read_json(file) for file in submit_folder(job).glob(f"failed-{restart}-*.json"))
+def _own(log: Path) -> str:
+    """The number of the job whose log this is: the jobs of an array lie together."""
+    return log.name.removesuffix("_0_log.out")
+
+
+def _words(log: Path, restart: int) -> list[dict[str, Any]]:
+    found = (read_json(file) for file in log.parent.glob(f"{_own(log)}_failed-{restart}-*.json"))
     return [word for word in found if word is not None]
 
 
-def _since_start(job: paths.JobName) -> tuple[int, str]:
+def _since_start(log: Path) -> tuple[int, str]:
     """The number of the job's last start, and what srun and others have said since."""
-    for log in submit_folder(job).glob("*_0_log.out"):
+    try:
         _, found, said = log.read_text(errors="replace").rpartition(f"{STARTED} ")
-        if found:
-            return int(re.match(r"\d+", said)[0]), said  # type: ignore[index]
-    return 0, ""
+    except FileNotFoundError:
+        found = said = ""
+    return (int(re.match(r"\d+", said)[0]), said) if found else (0, "")  # type: ignore[index]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from pipeline import paths
 from pipeline.errors import PipelineError
-from pipeline.files import Lock, read_json, user, write_json
+from pipeline.files import Lock, read_json, write_json
 
 OURS = re.compile(r"@[0-9a-f]{8}$")  # how the names of our jobs end
 # States of a job that will not run again. Not here: COMPLETING, and all that SLURM starts again (REQUEUED, REQUEUE_HOLD, SPECIAL_EXIT …).
@@ -28,6 +28,7 @@ FORGET_S = 86400.0
 ANSWER_S = 30.0
 
 
+FILTERS = ("SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_")  # defaults of options, which users set for themselves
 # SLURM's words for what passes: the controller is away or busy, or the user has as many jobs in the queue as are allowed.
 PASSES = (
     "Unable to contact slurm controller",
@@ -49,6 +50,14 @@ PASSES = (
 def passes(words: str) -> bool:
     """Whether SLURM's refusal is one for now."""
     return any(known.lower() in words.lower() for known in PASSES)
+
+
+def unfiltered() -> dict[str, str]:
+    """The environment without what has SLURM's programs show or cancel less than they are asked for, such as SQUEUE_PARTITION.
+
+    A job that squeue does not show is taken for one that has ended.
+    """
+    return {key: value for key, value in os.environ.items() if not key.startswith(FILTERS)}
 
 
 def query_s() -> float:
@@ -134,9 +143,9 @@ class Scheduler:
             self._known, self._version = Look(**values, jobs=jobs), version
         return self._known
 
-    def look(self, wait: bool = False) -> Look:
-        """The last look if it is young enough, or if somebody else is about to replace it (unless `wait`); else a new one."""
-        if not self._due(self.known()) or not self._lock.acquire(wait=wait):
+    def look(self) -> Look:
+        """The last look if it is young enough, or if somebody else is about to replace it; else a new one."""
+        if not self._due(self.known()) or not self._lock.acquire(wait=False):
             return self._known
         try:
             if self._due(self.known()):
@@ -153,9 +162,12 @@ class Scheduler:
         """One squeue for all jobs of this user. What is written before counts even if this process is killed meanwhile."""
         before, now = self._known, time.time()
         self._write(Look(now, before.time, before.trouble, before.jobs))
-        command = ["squeue", "-h", "-r", "-t", "all", "-u", user(), "-o", "%i|%T|%N|%r|%j"]
+        # By number: the name that getpass has is LOGNAME's, which `su` leaves as it was.
+        command = ["squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%N|%r|%j"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=ANSWER_S, env=unfiltered()
+            )
         except subprocess.TimeoutExpired:
             return self._write(Look(now, before.time, f"no answer in {ANSWER_S:.0f} s", before.jobs))
         except OSError as error:
@@ -181,28 +193,15 @@ class Scheduler:
         self.known()
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A job's end as the accounting has it."""
-
-    state: str
-    exit: str
-    """`status:signal`."""
-    node: str
-
-
-def accounting(job_id: str) -> Ended | None:
-    """What sacct says of a job; None where there is no accounting, or no answer."""
-    command = ["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State,ExitCode,NodeList"]
+def accounting(job_id: str) -> str | None:
+    """The state that sacct has of a job; None where there is no accounting, or no answer."""
+    command = ["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=unfiltered())
     except (subprocess.SubprocessError, OSError):
         return None
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
-    if not rows:
-        return None
-    state, exit_code, node = rows[-1]
-    return Ended(state.partition(" ")[0], exit_code, "" if node.startswith("None") else node)  # CANCELLED by 1000
+    rows = done.stdout.split("\n")[:-1]
+    return rows[-1].partition(" ")[0] if rows else None  # CANCELLED by 1000
 
 
 def cancel(job_id: str, tries: int = 3) -> str:
@@ -212,7 +211,9 @@ def cancel(job_id: str, tries: int = 3) -> str:
         if attempt:
             time.sleep(3.0)
         try:
-            done = subprocess.run(["scancel", job_id], capture_output=True, text=True, check=False, timeout=ANSWER_S)
+            done = subprocess.run(
+                ["scancel", job_id], capture_output=True, text=True, check=False, timeout=ANSWER_S, env=unfiltered()
+            )
         except (subprocess.SubprocessError, OSError) as error:
             words = f"{type(error).__name__}: {error}"
             continue

@@ -50,6 +50,8 @@ _OWN = {
         ("array", "chdir", "cpus-per-task", "dependency", "error", "export", "job-name", "mem", "nodes", "ntasks"), ""
     ),
     **dict.fromkeys(("ntasks-per-node", "open-mode", "output", "requeue", "no-requeue", "signal", "time", "wrap"), ""),
+    # How sbatch answers, and whether it queues anything.
+    **dict.fromkeys(("parsable", "test-only", "wait"), ""),
     **{key: key for key in FROM_ENVIRONMENT},
     "gpus": "gpu_type",
     "gpus-per-node": "gpu_type",

@@ -16,7 +16,7 @@ from pipeline.errors import NotYetError, PipelineError
 from pipeline.files import host, is_locked, read_json
 from pipeline.publish import exit_note
 from pipeline.scheduler import FINAL, Scheduler, Seen, accounting, cancel
-from pipeline.submission import output, sbatch
+from pipeline.submission import hand_over, output, sbatch
 
 if TYPE_CHECKING:
     from pipeline.entry import JobEntry
@@ -26,9 +26,10 @@ APPEARS_S = 60.0  # a job may not be shown yet right after its submission
 LOST_S = 5.0  # an sbatch whose parent was killed has reached the scheduler by then, or never will
 # How a job ends that the cluster has stopped, where it does not start it again itself.
 STOPPED = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
+ENDS = FINAL | {"PREEMPTED"}  # it stays so where the cluster does not requeue what it preempts
 AGAIN = 20  # submissions of one job by the same waiter
-# What SLURM writes into a job's output when it ends it.
-ENDED = re.compile(r"CANCELLED AT \S+?(?: DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|[A-Z ]+))? \*\*\*")
+# What SLURM writes into a job's output when it ends it. More may follow: `DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS`.
+ENDED = re.compile(r"CANCELLED AT \S+(?: DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE|[A-Z]+)[^*\n]*)? \*\*\*")
 DUE_TO = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL", None: "CANCELLED"}
 OUT_OF_MEMORY = re.compile(r"oom.?kill|out.of.memory|exceeded (?:job )?memory limit|OutOfMemory", re.IGNORECASE)
 
@@ -60,7 +61,10 @@ class Slurm:
             raise NotYetError(f"{job.name}: looking for it in the queue, should it be there already{why}")
         index = ticket.get("index")
         found = [one for one in look.named(ticket["name"]) if index is None or one.endswith(f"_{index}")]
-        return {"job_id": found[0], "host": host()} if found else None
+        if not found:
+            return None
+        hand_over(job, ticket, found[0])
+        return {"job_id": found[0], "host": host()}
 
     def alive(self, job: "Job", ticket: Ticket) -> bool:
         """By the exit note, else by squeue's word; a scheduler that does not answer ends nothing."""
@@ -91,6 +95,7 @@ class Slurm:
     def cause(self, job: "Job", ticket: Ticket) -> str:
         """By the last state that squeue showed or sacct has, by how its process ended, and by what SLURM wrote into its output."""
         status, told = self._status(job, ticket), _read_end(output(job, ticket))
+        note = exit_note(job, ticket) or {}
         state, reason = self._state(job, ticket), getattr(self._seen(ticket), "reason", "")
         if state == "OUT_OF_MEMORY" or OUT_OF_MEMORY.search(reason) or OUT_OF_MEMORY.search(told):
             words = f"it was killed for using more memory than it asked for ({ticket.get('memory', '?')})"
@@ -102,6 +107,8 @@ class Slurm:
             words = {"PREEMPTED": "it was preempted"}.get(state, "its node failed") + f", for the {AGAIN}th time"
         elif state == "DEADLINE":
             words = "its deadline passed"
+        elif note.get("status") == "stopped":
+            words = f"{note['message'].removeprefix(f'{job.name}: ')}, for the {AGAIN}th time"
         elif status is not None and status > 128:
             words = f"its process was killed by {_signal(status - 128)}"
             if status == 128 + signal.SIGKILL:
@@ -135,12 +142,12 @@ class Slurm:
     def _state(self, job: "Job", ticket: Ticket) -> str:
         """The state in which a job has ended: by squeue, else by sacct, else by SLURM's words in its output; empty where nobody knows."""
         seen, job_id = self._seen(ticket), ticket["job_id"]
-        if seen is not None and seen.state in (*FINAL, "PREEMPTED"):
+        if seen is not None and seen.state in ENDS:
             return seen.state
         if job_id not in self._ended:
             ended = accounting(job_id)
-            if ended is not None and ended.state in (*FINAL, "PREEMPTED"):
-                self._ended[job_id] = ended.state
+            if ended in ENDS:
+                self._ended[job_id] = ended
             else:
                 told = [match[1] for match in ENDED.finditer(_read_end(output(job, ticket)))]
                 self._ended[job_id] = DUE_TO.get(told[-1], "") if told else ""

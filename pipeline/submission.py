@@ -20,6 +20,7 @@ from pipeline import attempts, paths, preflight, publish, site, unfinished
 from pipeline.backends import prepare, submit_folder
 from pipeline.errors import NotYetError, PipelineError
 from pipeline.files import Lock, write_json
+from pipeline.rendezvous import request
 from pipeline.scheduler import passes
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def begin(
         "attempt": attempt,
         "submitted": time.time(),
         "job_id": None,
+        "minutes": job.resources.minutes,
+        "memory": request(job.resources)["mem"],
         "name": f"{job.name}@{attempt[:8]}",
     }
     write_json(folder / "ticket.json", ticket, durable=True)
@@ -75,8 +78,25 @@ def begin(
 
 
 def settle(job: "Job", ticket: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """The ticket of a job that is submitted."""
-    write_json(paths.job_folder(job) / "ticket.json", {**ticket, **found}, durable=True)
+    """The ticket of a job that is submitted. Where it cannot be written, the one without a number stands, by which the job is found."""
+    try:
+        write_json(paths.job_folder(job) / "ticket.json", {**ticket, **found}, durable=True)
+    except OSError as error:
+        if ticket["launcher"] != "slurm":
+            raise
+        raise NotYetError(publish.explain(error, f"{job.name}: is submitted, but")) from error
+
+
+def hand_over(job: "Job", ticket: Mapping[str, Any], job_id: str) -> None:
+    """Puts what a job is to run where its process looks for it: submitit does so after sbatch's answer, which may have been lost.
+
+    The process waits a minute for it. By the attempt that it is of: those of an array lie together, under names that say nothing.
+    """
+    place = _folder(job, ticket) / f"{job_id}_submitted.pkl"
+    for draft in [] if place.exists() else place.parent.glob("*.pkl"):
+        if ticket["attempt"].encode() in draft.read_bytes():
+            draft.replace(place)
+            return
 
 
 @contextlib.contextmanager
@@ -86,6 +106,13 @@ def submitting(job: "Job") -> Any:
         yield
 
 
+def leave_job() -> None:
+    """Within a job of SLURM, such as a shell on a node: what was granted to that one would be asked for again."""
+    if "SLURM_JOB_ID" in os.environ:
+        for known in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_")) and key != "SLURM_CONF"]:
+            del os.environ[known]
+
+
 def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | None = None) -> list[dict[str, Any]]:
     """Submits one job, or several that ask for the same as `job` as an array into `folder`; what a ticket needs of each.
 
@@ -93,9 +120,7 @@ def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | 
     """
     import submitit
 
-    if "SLURM_JOB_ID" in os.environ:  # within a job: what was granted to that one would be asked for again
-        for known in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_")) and key != "SLURM_CONF"]:
-            del os.environ[known]
+    leave_job()
     settings = site.load()
     preflight.before_submission(settings, job)
     wanted = settings.request(job)
@@ -108,13 +133,15 @@ def sbatch(job: "Job", entries: Sequence["JobEntry"], name: str, folder: Path | 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
             submitted = executor.submit_array(work)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+    except submitit.core.utils.FailedSubmissionError as error:
+        # It has answered, but with no number: a wrapper of the site's, perhaps.
+        raise NotYetError(f"sbatch did not say which job it made: {said(str(error))}") from error
+    except submitit.core.utils.FailedJobError as error:
         words = said(str(error))
         if passes(words):
             raise NotYetError(words) from error
         raise PipelineError(f"{job.name}: SLURM refused the job: {words}; see {site.SITE}") from error
-    asked = {"minutes": wanted["time"], "memory": wanted.get("mem"), "folder": paths.relative(folder)}
-    return [{"job_id": str(one.job_id), **asked} for one in submitted]
+    return [{"job_id": str(one.job_id), "folder": paths.relative(folder)} for one in submitted]
 
 
 def said(words: str) -> str:
@@ -126,7 +153,12 @@ def said(words: str) -> str:
 
 def output(job: "Job", ticket: Mapping[str, Any]) -> Path:
     """What a submitted job says outside its own log: submitit's words, SLURM's, and those of a process that dies before it has a log."""
-    folder = paths.root() / ticket["folder"] if ticket.get("folder") else submit_folder(job)
+    folder = _folder(job, ticket)
     if ticket.get("job_id") is not None and ticket.get("launcher") == "slurm":
         return folder / f"{ticket['job_id']}_0_log.out"
     return next(iter(sorted(folder.glob("*_log.out"))), folder / "log.out")
+
+
+def _folder(job: "Job", ticket: Mapping[str, Any]) -> Path:
+    """Where submitit's files of a job are: its own, or its array's."""
+    return paths.root() / ticket["folder"] if ticket.get("folder") else submit_folder(job)

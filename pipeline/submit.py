@@ -94,8 +94,21 @@ def sweep(scale: str, stage: str) -> None:
 
 def _taken(job: "Job", mark: str) -> bool:
     """Whether the job is staged, runs, or has a ticket that may still stand for something: its waiter will sort that out."""
+    from pipeline.slurm import Slurm
     from pipeline.status import active
+    from pipeline.submission import settle
 
+    ticket = read_json(paths.job_folder(job) / "ticket.json")
+    if ticket is not None and ticket["launcher"] == "slurm" and ticket.get("job_id") is None:
+        try:
+            found = Slurm().find(job, ticket)
+        except NotYetError as error:
+            print(error, file=sys.stderr)
+            return True
+        if found is None:  # sbatch was never called, or refused
+            (paths.job_folder(job) / "ticket.json").unlink()
+        else:
+            settle(job, ticket, found)
     return publish.staged(job, mark) or is_locked(paths.lock_file(job, "run")) or active(job) is not None
 
 
@@ -104,15 +117,6 @@ def _array(group: Sequence[tuple["Job", str, dict[str, manifest.Input]]], params
     from pipeline.submission import begin, sbatch, settle, submitting
 
     begun: list[tuple[Job, JobEntry, dict[str, Any]]] = []
-    for job, mark, inputs in group:
-        entry, ticket = begin(job, params, mark, inputs, "slurm")
-        begun.append((job, entry, ticket))
-    first, attempt = begun[0][0], begun[0][1].attempt
-    name = begun[0][2]["name"] if len(begun) == 1 else f"{first.stage}@{attempt[:8]}"
-    for index, (job, _, ticket) in enumerate(begun):
-        ticket |= {"name": name, "index": index if len(begun) > 1 else None}
-        write_json(paths.job_folder(job) / "ticket.json", ticket, durable=True)
-    folder = paths.runs(first.scale) / ".work" / f"{first.stage}-{attempt[:8]}.submitit"
 
     def call() -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
@@ -124,6 +128,16 @@ def _array(group: Sequence[tuple["Job", str, dict[str, manifest.Input]]], params
         return {"first": found[0]["job_id"], "last": found[-1]["job_id"]}
 
     try:
+        for job, mark, inputs in group:
+            entry, ticket = begin(job, params, mark, inputs, "slurm")
+            begun.append((job, entry, ticket))
+        first, attempt = begun[0][0], begun[0][1].attempt
+        name = begun[0][2]["name"] if len(begun) == 1 else f"{first.stage}@{attempt[:8]}"
+        folder = paths.runs(first.scale) / ".work" / f"{first.stage}-{attempt[:8]}.submitit"
+        for index, (job, _, ticket) in enumerate(begun):
+            place = {"name": name, "index": index if len(begun) > 1 else None, "folder": paths.relative(folder)}
+            ticket |= place
+            write_json(paths.job_folder(job) / "ticket.json", ticket, durable=True)
         found = in_child(call)
     except NotYetError:
         raise  # the tickets stay: what sbatch has said may not be what it has done

@@ -4,6 +4,7 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import time
 import uuid
@@ -16,13 +17,15 @@ from pipeline import paths, preflight, probe, registry, site
 from pipeline.doctor import Check
 from pipeline.errors import PipelineError
 from pipeline.files import is_locked, read_json
-from pipeline.probe import FACTS, HELLO, HERE, LOCK, SIGNALS, THERE, Probe
+from pipeline.probe import FACTS, HELLO, HERE, LOCK, NODE, SIGNALS, THERE, Probe
+from pipeline.scheduler import FINAL, unfiltered
+from pipeline.submission import leave_job
 
-TINY = {"time": 10, "mem": "4000MB", "cpus_per_task": 1, "srun_args": ["--cpus-per-task=1"]}
+TINY = {"time": 10, "mem": "4000MB", "cpus_per_task": 1, "ntasks_per_node": 1}
 PATIENCE_S = 20.0  # for what a running job should do at once, on a slow file system
 FACTS_S = 90.0  # to import torch from one
 CLOCK_S = 5.0
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+GONE = ("", *FINAL)  # squeue may have forgotten it
 
 
 @dataclass
@@ -37,20 +40,21 @@ class Trial:
 
     @classmethod
     def of(cls, settings: site.Site, kind: str, jobs: list[registry.Job]) -> "Trial":
-        """The request of the kind's first job, made tiny."""
-        first = next(job for job in jobs if site.kind(job) == kind)
-        request = {
-            key: value for key, value in settings.request(first).items() if key not in ("nodes", "ntasks_per_node")
-        }
+        """The request of the kind's first job, made tiny, but for the nodes: as many as the kind's largest job has."""
+        mine = [job for job in jobs if site.kind(job) == kind]
+        nodes = max(job.resources.nodes for job in mine)
+        arguments = [f"--ntasks={nodes}", "--cpus-per-task=1"]
+        request = {**settings.request(mine[0]), **TINY, "nodes": nodes, "srun_args": arguments}
         if "gpus_per_node" in request:
             name, colon, _ = str(request["gpus_per_node"]).rpartition(":")
             request["gpus_per_node"] = f"{name}{colon}1"
-        return cls(kind, {**request, **TINY}, paths.root() / "runs" / ".doctor" / f"{uuid.uuid4().hex[:8]}-{kind}")
+        return cls(kind, request, paths.root() / "runs" / ".doctor" / f"{uuid.uuid4().hex[:8]}-{kind}")
 
     def submit(self, packages: tuple[str, ...]) -> None:
         """Queues the job."""
         import submitit
 
+        leave_job()
         self.folder.mkdir(parents=True)
         tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
         wanted = dict(self.request)
@@ -75,7 +79,16 @@ class Trial:
         try:
             return [replace(check, what=f"{self.kind}: {check.what}") for check in self._checks(wait_s)]
         finally:
-            subprocess.run(["scancel", self.job], capture_output=True, check=False)
+            self._cancel()
+
+    def close(self) -> None:
+        """Leaves nothing of it, whatever has become of it."""
+        self._cancel()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _cancel(self, *options: str) -> None:
+        if self.job:
+            subprocess.run(["scancel", *options, self.job], capture_output=True, check=False, env=unfiltered())
 
     def _checks(self, wait_s: float) -> Iterator[Check]:
         hello = self._started(wait_s)
@@ -110,6 +123,8 @@ class Trial:
             "POSIX locks do not work between machines on this file system (NFS: mount it without nolock; Lustre: with flock)",
         )
         yield self._there_and_back()
+        if self.request["nodes"] > 1:
+            yield self._nodes(hello["node"])
         yield from self._environment(facts)
         yield from self._signals()
 
@@ -121,16 +136,7 @@ class Trial:
             if hello is not None:
                 return hello
             # Ended, and nothing seen of it: a network file system may show it a little later.
-            over += self.state()[0] in (
-                "",
-                "BOOT_FAIL",
-                "CANCELLED",
-                "COMPLETED",
-                "FAILED",
-                "NODE_FAIL",
-                "OUT_OF_MEMORY",
-                "TIMEOUT",
-            )
+            over += self.state()[0] in GONE
             time.sleep(0.5)
         return read_json(self.folder / HELLO)
 
@@ -169,6 +175,26 @@ class Trial:
             if ok
             else f"a file from here was not seen there within {PATIENCE_S:.0f} s",
             "use a folder that all machines share (or one whose caching of folders is shorter: NFS's actimeo)",
+        )
+
+    def _nodes(self, first: str) -> Check:
+        """Whether the job's other nodes have come, and reach the first one as the processes of a training do."""
+        others = self.request["nodes"] - 1
+
+        def found() -> list[dict[str, Any]]:
+            read = (read_json(file) for file in sorted(self.folder.glob(f"{NODE}*")))
+            return [one for one in read if one is not None]
+
+        came = _until(lambda: len(said := found()) == others and said, PATIENCE_S) or found()
+        lost = [f"{one['node']} does not reach {first}: {one['trouble']}" for one in came if one["trouble"]]
+        if len(came) < others:
+            lost.append(f"{others - len(came)} of {others} said nothing for {PATIENCE_S:.0f} s")
+        return Check(
+            "nodes",
+            not lost,
+            "; ".join(lost) or f"{others + 1}; all reach a port of {first}",
+            "trainings of several nodes connect to a port of the first one: a firewall between nodes, or a name that they do not "
+            "resolve; the administrators know (docs/training.md has what a cluster may want in `setup`)",
         )
 
     def _environment(self, facts: dict[str, Any]) -> Iterator[Check]:
@@ -221,7 +247,7 @@ class Trial:
             file = self.folder / SIGNALS
             return file.exists() and name in file.read_text().split()
 
-        subprocess.run(["scancel", "--signal=USR2", self.job], capture_output=True, check=False)
+        self._cancel("--signal=USR2")
         yield Check(
             "USR2",
             bool(_until(lambda: came("SIGUSR2"), PATIENCE_S)),
@@ -229,9 +255,9 @@ class Trial:
             "trainings are told by it to save before their time limit: does a wrapper in `container` or `python` keep it back?",
         )
         start = time.monotonic()
-        subprocess.run(["scancel", self.job], capture_output=True, check=False)
+        self._cancel()
         told = bool(_until(lambda: came("SIGTERM"), PATIENCE_S))
-        ended = bool(_until(lambda: self.state()[0] in ("", *ENDED), PATIENCE_S))
+        ended = bool(_until(lambda: self.state()[0] in GONE, PATIENCE_S))
         took = time.monotonic() - start
         yield Check(
             "scancel",

@@ -4,11 +4,14 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.files import Lock
 
 
 def memory_mb(pid: int) -> float:
@@ -210,3 +213,26 @@ def test_an_unknown_launcher(repo: Any) -> None:
     done = repo.run("first", "cloud")
     assert done.code == 1
     assert "unknown launcher 'cloud'; it must be one of inline, local, slurm" in done.err
+
+
+@pytest.mark.parametrize("left", [{}, {"pid": 2**22, "started": "long ago", "host": socket.gethostname()}])
+def test_a_job_that_is_just_being_started_is_waited_for(repo: Any, left: dict[str, Any]) -> None:
+    """Its process holds the lock, and has not said yet who it is; what an earlier one with other parameters has left is not its."""
+    folder = repo.work / "first"
+    folder.mkdir(parents=True)
+    if left:
+        (folder / "process.json").write_text(json.dumps(left))
+        (folder / "state.json").write_text(json.dumps({"fingerprint": "other", "attempts": []}))
+    lock = Lock(repo.work / "first.run.lock")
+    lock.acquire()
+    try:
+        waiter = repo.start("first", "local")
+        said = waiter.stdout.readline()
+    finally:
+        lock.release()
+    assert said == "first: is just being started by another process; trying again until it works\n", (
+        waiter.communicate()
+    )
+    out, err = waiter.communicate(timeout=60)
+    assert waiter.returncode == 0, err
+    assert "first: submitted" in out

@@ -173,6 +173,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SCM_ROOT", str(tmp_path))
     folder = tmp_path / "runs/tiny/.work/teacher-S.submitit"
     folder.mkdir(parents=True)
+    monkeypatch.setitem(ENV, "SUBMITIT_FOLDER", str(folder))
     return folder
 
 
@@ -193,17 +194,33 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )  # fmt: skip
 def test_srun_says_who_died(submitted: Path, said: str, found: str | None) -> None:
     (submitted / "17_0_log.out").write_text(said)
-    assert rendezvous.first_failure(JOB) == found
+    assert rendezvous.first_failure(JOB, submitted / "17_0_log.out") == found
 
 
 def test_a_process_own_words_come_first(submitted: Path) -> None:
     """The earliest of those that do not only say that others were gone; and of the last start."""
     (submitted / "17_0_log.out").write_text(START.format(1) + "srun: error: n2: task 3: Exited with exit code 1\n")
-    rendezvous.leave_word(JOB, place(), "of an earlier start", lost=False)
-    rendezvous.leave_word(JOB, place(SLURM_RESTART_COUNT="1", SLURM_PROCID="1"), "Connection closed by peer", lost=True)
-    rendezvous.leave_word(JOB, place(SLURM_RESTART_COUNT="1"), "no such file: /scratch/data", lost=False)
-    rendezvous.leave_word(JOB, place(SLURM_RESTART_COUNT="1", SLURM_PROCID="2"), "later", lost=False)
-    assert rendezvous.first_failure(JOB) == "process 3 on n2: no such file: /scratch/data"
+    rendezvous.leave_word(place(), "of an earlier start", lost=False)
+    rendezvous.leave_word(place(SLURM_RESTART_COUNT="1", SLURM_PROCID="1"), "Connection closed by peer", lost=True)
+    rendezvous.leave_word(place(SLURM_RESTART_COUNT="1"), "no such file: /scratch/data", lost=False)
+    rendezvous.leave_word(place(SLURM_RESTART_COUNT="1", SLURM_PROCID="2"), "later", lost=False)
+    assert rendezvous.first_failure(JOB, submitted / "17_0_log.out") == "process 3 on n2: no such file: /scratch/data"
+
+
+def test_jobs_of_an_array_do_not_speak_for_each_other(submitted: Path) -> None:
+    """All that submitit keeps of them is in one folder."""
+    first, second, third = (
+        place(SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID=n, SLURM_JOB_ID=str(17 + int(n))) for n in ("0", "1", "2")
+    )
+    assert [here.log.name for here in (first, second)] == ["17_0_0_log.out", "17_1_0_log.out"]
+    for here, said in ((first, START.format(0)), (second, START.format(2)), (third, START.format(0) + DEATH)):
+        here.log.write_text(said)
+    rendezvous.leave_word(second, "of an earlier start", lost=False)
+    assert rendezvous.first_failure(JOB, first.log) is None
+    assert rendezvous.first_failure(JOB, second.log) is None
+    assert str(rendezvous.first_failure(JOB, third.log)).startswith("process 3 on n2 died: Killed")
+    rendezvous.leave_word(first, "no such file: /scratch/data", lost=False)
+    assert rendezvous.first_failure(JOB, first.log) == "process 3 on n2: no such file: /scratch/data"
 
 
 def test_the_first_task_gives_the_cause_of_a_broken_connection(submitted: Path) -> None:
@@ -218,7 +235,7 @@ def test_the_first_task_gives_the_cause_of_a_broken_connection(submitted: Path) 
 def test_where_all_processes_are_left_nobody_died(submitted: Path) -> None:
     (submitted / "17_0_log.out").write_text(START.format(0))
     for rank in (1, 2, 3):
-        rendezvous.leave_word(JOB, place(SLURM_PROCID=str(rank)), "Connection closed by peer", lost=True)
+        rendezvous.leave_word(place(SLURM_PROCID=str(rank)), "Connection closed by peer", lost=True)
     first = place(SLURM_PROCID="0")
     error = RuntimeError(
         "[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [1.2.3.4]:5. This is typically …"

@@ -140,6 +140,27 @@ def test_nothing_is_known_without_a_scheduler(queue: Path, monkeypatch: pytest.M
     assert Look().jobs == {}
 
 
+def test_what_a_user_has_squeue_show_by_default_hides_no_job(queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = queue.parent / "bin/squeue"
+    program.write_text(program.read_text().replace("cat", '[ -n "$SQUEUE_PARTITION" ] || cat'))
+    monkeypatch.setenv("SQUEUE_PARTITION", "gpu")
+    show(queue, "RUNNING")
+    assert list(Scheduler().look().jobs) == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [("COMPLETED\n", "COMPLETED"), ("NODE_FAIL\nCANCELLED by 1000\n", "CANCELLED"), ("", None), (None, None)],
+    ids=["one", "of the last start", "unknown", "no accounting"],
+)
+def test_what_the_accounting_says_of_a_job(queue: Path, said: str | None, state: str | None) -> None:
+    (queue.parent / "said").write_text(said or "")
+    program = queue.parent / "bin/sacct"
+    program.write_text(f"#!/bin/sh\ncat {queue.parent}/said\nexit {int(said is None)}\n")
+    program.chmod(0o755)
+    assert scheduler.accounting("7") == state
+
+
 def test_a_damaged_look_is_replaced(queue: Path) -> None:
     show(queue, "RUNNING")
     one = Scheduler()

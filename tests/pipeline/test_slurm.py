@@ -10,10 +10,17 @@ import os
 import re
 import shutil
 import signal
+import textwrap
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from pipeline import entry, execute, submission
+from pipeline.errors import PipelineError
+from pipeline.slurm import Slurm
 
 SBATCH = """#!/bin/sh
 [ "$1" = --test-only ] && exit 0
@@ -109,6 +116,69 @@ def test_a_lost_ticket_is_found_by_the_jobs_name(cluster: Any) -> None:
     assert (cluster.root / "state/count").read_text() == "x\n"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", "thank you"],
+    ids=["lost", "without a number"],
+)
+def test_a_job_whose_number_sbatch_did_not_say_is_found_and_runs(cluster: Any, answer: str) -> None:
+    """Its process waits for what submitit puts there after the answer."""
+    status = "exit 1" if "error" in answer else ""
+    program = cluster.root / "bin/sbatch"
+    program.write_text(program.read_text().replace('echo "Submitted batch job $id"', f'echo "{answer}" >&2; {status}'))
+    done = cluster.run("first", "slurm")
+    assert done.code == 0, done.err
+    assert "trying again until it works" in done.out
+    assert "first: attached to the running job (SLURM job 101" in done.out
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_ticket_that_cannot_be_written_does_not_lose_the_job(cluster: Any) -> None:
+    """As where a quota is reached just then: the one without a number stands."""
+    (cluster.root / "pipeline/submission.py").write_text(
+        (cluster.root / "pipeline/submission.py").read_text()
+        + """
+def write_json(path, value, durable=False, real=write_json):
+    if path.name == "ticket.json" and value.get("job_id") is not None:
+        raise OSError(122, "Disk quota exceeded", str(path))
+    real(path, value, durable)
+"""
+    )
+    done = cluster.run("first", "slurm")
+    assert done.code == 0, done.err
+    assert re.search(
+        r"first: is submitted, but .*ticket\.json: no space left .*; trying again until it works", done.out
+    )
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_child_that_has_submitted_ends_where_its_waiter_has_died(cluster: Any) -> None:
+    code = """
+    import os, time
+    from pathlib import Path
+    from pipeline.children import in_child
+    def submit():
+        waiter = os.getppid()
+        Path("begun").touch()
+        while os.getppid() == waiter:
+            time.sleep(0.05)
+        return {"job_id": "1"}
+    waiter = os.fork()
+    if waiter == 0:
+        try:
+            in_child(submit)
+        finally:
+            Path("came back").touch()
+    while not Path("begun").exists():
+        time.sleep(0.05)
+    os.kill(waiter, 9)
+    os.waitpid(waiter, 0)
+    """
+    done = cluster.python(code)
+    assert done.code == 0, done.err
+    assert not (cluster.root / "came back").exists()
+
+
 def test_a_scheduler_that_is_away_ends_nothing(cluster: Any) -> None:
     cluster.run("first")
     waiter = cluster.start("steps", "slurm")
@@ -144,6 +214,14 @@ def test_bad_site_settings(cluster: Any, text: str, words: str) -> None:
     assert done.code == 1
     assert re.search(words, done.err)
     assert not (cluster.root / "state/count").exists()
+
+
+def test_an_interval_that_is_none_is_said_before_anything_is_submitted(cluster: Any) -> None:
+    done = cluster.run("first", "slurm", SCM_SLURM_POLL="soon")
+    assert done.code == 1
+    assert done.err == "error: SCM_SLURM_POLL=soon: expected seconds above 0 and below an hour, such as 15\n"
+    assert not (cluster.root / "state/count").exists()
+    assert not (cluster.work / "first/ticket.json").exists()
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="SLURM is installed here")
@@ -188,6 +266,46 @@ def test_what_the_cluster_stops_for_good_is_submitted_again(cluster: Any, state:
     assert (first, int(second) >= 3) == ("0", True)
 
 
+TOLD = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-29T16:23:54{} ***\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "note", "again", "cause"),
+    [
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", None, True, "its node failed, for the 20th time"),
+        (" DUE TO PREEMPTION", None, True, "it was preempted, for the 20th time"),
+        (" DUE TO TIME LIMIT", None, False, "it ran into its time limit of 30 minutes"),
+        (" DUE TO JOB REQUEUE", None, False, "it is no longer known to SLURM"),
+        ("", None, False, "it was cancelled"),
+        ("", "stopped by SIGTERM, saved", False, "it was cancelled"),
+        (
+            None,
+            "stopped by a spent time budget, saved",
+            True,
+            "stopped by a spent time budget, saved, for the 20th time",
+        ),
+    ],
+)
+def test_a_job_that_the_queue_has_forgotten_is_judged_by_its_output_and_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str | None, note: str | None, again: bool, cause: str
+) -> None:
+    """What the cluster or a time budget ends is submitted again, at most twenty times; then the cause is said."""
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setenv("SCM_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")  # no squeue, and no sacct
+    job: Any = SimpleNamespace(scale="tiny", name="steps")
+    ticket = {"job_id": "7", "launcher": "slurm", "attempt": "abc", "minutes": 30}
+    (tmp_path / "runs/tiny/.work/steps").mkdir(parents=True)
+    log = submission.output(job, ticket)
+    log.parent.mkdir()
+    log.write_text("" if told is None else TOLD.format(told))
+    if note is not None:
+        execute.note(job, "abc", "stopped", f"steps: {note}")
+    assert Slurm().again(job, ticket) is again
+    assert not Slurm().again(job, {**ticket, "again": 20})
+    assert Slurm().cause(job, {**ticket, "again": 20}) == f"SLURM job 7: {cause}"
+
+
 def test_a_scheduler_that_lets_nobody_in_is_tried_again(cluster: Any) -> None:
     program = cluster.root / "bin/sbatch"
     full = "sbatch: error: QOSMaxSubmitJobPerUserLimit"
@@ -200,6 +318,52 @@ def test_a_scheduler_that_lets_nobody_in_is_tried_again(cluster: Any) -> None:
     assert waiter.returncode == 0, err
     assert "first: QOSMaxSubmitJobPerUserLimit; trying again until it works\n" in out
     assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+SUBMIT = """
+from pipeline import params, paths, registry, slurm, submit, submission
+from pipeline.errors import PipelineError
+slurm.LOST_S = 0.5
+loaded = params.load(paths.root() / "params.yaml")
+def all_of(*names):
+    return submit.submit([registry.find(loaded, name, {}) for name in names], loaded)
+"""
+
+
+def test_what_a_scheduler_that_was_away_did_not_take_is_submitted_by_the_next_submit(cluster: Any) -> None:
+    program = cluster.root / "bin/sbatch"
+    away = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    program.write_text(f'#!/bin/sh\n[ -e $STATE/away ] && {{ echo "{away}" >&2; exit 1; }}\n{program.read_text()}')
+    (cluster.root / "state/away").touch()
+    code = f"{SUBMIT}\nprint(all_of('first'))"
+    refused = cluster.python(code)
+    assert "Unable to contact slurm controller" in refused.err
+    assert (cluster.work / "first/ticket.json").exists()  # it may have been heard all the same
+    (cluster.root / "state/away").unlink()
+    cluster.wait_for(lambda: "'submitted': 1" in cluster.python(code).out)
+    assert "'submitted or running already': 1" in cluster.python(code).out
+    done = cluster.run("first", "slurm")
+    assert done.code == 0, done.err
+    assert "attached" in done.out or "had ended meanwhile" in done.out
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
+def test_a_job_that_cannot_be_begun_leaves_no_ticket_of_those_before_it(cluster: Any) -> None:
+    code = """
+    def begin(job, *more, real=submission.begin):
+        if job.name == "dying":
+            raise PipelineError("dying: was begun with others")
+        return real(job, *more)
+    submission.begin = begin
+    try:
+        all_of("sleeper", "dying")
+    except PipelineError as error:
+        print(error)
+    """
+    done = cluster.python(SUBMIT + textwrap.dedent(code))
+    assert done.out == "dying: was begun with others\n", done.err
+    assert (cluster.work / "sleeper").exists()
+    assert not (cluster.work / "sleeper/ticket.json").exists()
 
 
 def test_a_restarted_job_outlives_the_lock_of_its_dead_node(cluster: Any) -> None:
@@ -233,3 +397,25 @@ def test_a_restarted_job_outlives_the_lock_of_its_dead_node(cluster: Any) -> Non
         note = json.loads((cluster.work / "first/exit.json").read_text())
         assert note["status"] == status, (note, done.err)
     assert "is already running" in note["message"]
+
+
+def test_a_job_at_its_time_limit_is_started_again_if_it_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes and goes in its folder while that is looked at."""
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setenv("SCM_ROOT", str(tmp_path))
+    work = tmp_path / "runs/tiny/.work/first/work"
+    (work / "checkpoints").mkdir(parents=True)
+    old = work / "checkpoints/old"
+    old.touch()
+    for path in (old, old.parent, work):
+        os.utime(path, (1000, 1000))
+    monkeypatch.setattr(entry, "STARTED", 2000.0)
+    one = entry.JobEntry(str(tmp_path), "tiny", "first", (), "", "abc", "slurm", limit_s=600.0)
+    (work / "gone").symlink_to(work / "nothing")  # listed, and not there
+    os.utime(work, (1000, 1000))
+    with pytest.raises(PipelineError, match="first: ran into its time limit of 10 minutes before it had saved"):
+        one.checkpoint()
+    (work / "checkpoints/new").touch()
+    assert one.checkpoint().function is one

@@ -2,16 +2,20 @@
 """`doctor --cluster` on a real SLURM: a site in order, and what it says of sites that are not."""
 
 import http.server
+import json
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from pipeline import clusterdoctor, probe, site
+from pipeline import clusterdoctor, probe, site, trial
 from pipeline.preflight import PROGRAMS
 
 DOCTOR = ["python", "-m", "pipeline", "doctor", "--cluster"]
@@ -105,6 +109,52 @@ def test_nodes_without_what_the_scale_asks_for(doctor: Doctor) -> None:
     assert found["training: a job"][0] == "missing"
     assert "gres" in found["training: a job"][2].lower()
     assert found["cpu: USR2"][0] == "ok"  # the kind that can run was tried
+
+
+def test_a_kind_with_trainings_of_several_nodes_is_tried_on_as_many(doctor: Doctor) -> None:
+    file = doctor.folder / "params.yaml"
+    text = file.read_text()
+    params = yaml.safe_load(text)
+    spread = deepcopy(params["scales"]["smoke"])
+    spread["slots"]["latent_guided"]["sizes"]["S"]["engine"] = {"processes": 2, "processes_per_node": 1}
+    file.write_text(yaml.safe_dump({**params, "scales": {**params["scales"], "spread": spread}}, sort_keys=False))
+    try:
+        found = doctor("--scale", "spread")
+    finally:
+        file.write_text(text)
+    assert doctor.status == 0, found
+    assert found["cpu: nodes"] == ("ok", "2; all reach a port of n1", "")
+    assert found["cpu: USR2"][0] == "ok"
+    assert found["cpu: scancel"][0] == "ok", found
+
+
+def test_a_node_that_does_not_reach_the_first_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "PATIENCE_S", 0.5)
+    one = trial.Trial("training", {"nodes": 4}, tmp_path)
+    for rank, trouble in enumerate((None, "[Errno 113] No route to host"), start=1):
+        (tmp_path / f"node-{rank}.json").write_text(json.dumps({"node": f"n{rank + 1}", "trouble": trouble}))
+    check = one._nodes("n1")
+    assert not check.ok
+    assert check.detail == "n3 does not reach n1: [Errno 113] No route to host; 1 of 3 said nothing for 0 s"
+
+
+def test_it_leaves_nothing_when_it_is_interrupted(doctor: Doctor) -> None:
+    doctor.slurm("scontrol", "update", "nodename=n1,n2", "state=drain", "reason=test")
+    command = [*DOCTOR, "--scale", "smoke", "--wait", "600"]
+    process = subprocess.Popen(
+        command, cwd=doctor.folder, env=doctor.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    pending = lambda: ("doctor-cpu", "PENDING") in doctor.slurm.jobs().values()  # noqa: E731
+    try:
+        doctor.slurm.wait_for(pending)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert not pending()
+        assert not list((doctor.folder / "runs").glob(".doctor/*"))
+    finally:
+        process.kill()
+        doctor.slurm("scontrol", "update", "nodename=n1,n2", "state=resume")
+    assert process.returncode != 0
 
 
 def test_a_queue_that_does_not_move(doctor: Doctor) -> None:

@@ -175,6 +175,7 @@ def test_a_waiter_killed_between_sbatch_and_its_ticket(cluster_repo: ClusterRepo
     found = repo.waiter("sleeper")
     job = repo.ticket("sleeper")["job_id"]
     assert repo.submissions("sleeper") == [job]
+    repo.repo.pid("sleeper")  # what it is to run was put there by whoever found it
     found.terminate()
     out, err = found.communicate(timeout=60)
     assert "attached to the running job" in out
@@ -236,9 +237,10 @@ def test_a_time_limit_that_nothing_is_saved_in(timing_out: Any) -> None:
 
 def test_logs_of_a_job(cluster_repo: ClusterRepo) -> None:
     repo = cluster_repo
-    none = repo.pipeline("logs", "sleeper")
-    assert (none.returncode, none.stderr.count("\n")) == (2, 1)
-    assert "no log yet in runs/tiny/.logs/sleeper.log" in none.stderr
+    for more in ((), ("-f",)):
+        none = repo.pipeline("logs", "sleeper", *more)
+        assert (none.returncode, none.stderr.count("\n")) == (2, 1)
+        assert "no log yet in runs/tiny/.logs/sleeper.log: it has not run" in none.stderr
     assert repo.waiter("exits").wait(60) == 1
     shown = repo.pipeline("logs", "exits", "-n", "1")
     assert (shown.stdout, shown.stderr) == ("last words\n", "exits: runs/tiny/.logs/exits.log\n")
@@ -246,6 +248,9 @@ def test_logs_of_a_job(cluster_repo: ClusterRepo) -> None:
     unknown = repo.pipeline("logs", "exit")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
     waiter = repo.waiter("first")
+    # Before that there is nothing to follow.
+    known = (repo.work / "first/ticket.json", repo.root / "runs/tiny/first")
+    repo.slurm.wait_for(lambda: any(path.exists() for path in known))
     follower = repo.start("python", "-m", "pipeline", "logs", "first", "-f")
     assert waiter.wait(60) == 0
     assert follower.wait(60) == 0

@@ -121,6 +121,7 @@ def test_every_job_has_a_kind_and_stages_that_train_exist(paper: Params) -> None
         ("gpus_per_node: 0\n", "gpus_per_node: must be at least 1, got 0"),
         ("setup: module load cuda\n", "setup: must be a list such as [1, 2], got 'module load cuda'"),
         ("extra: {mem: 3}\n", "extra.mem: is set by the pipeline; remove it"),
+        ("extra: {parsable: true}\n", "extra.parsable: is set by the pipeline; remove it"),
         ("extra: {partition: gpu}\n", "extra.partition: use the key partition"),
         (
             "extra: {--reservation: x}\n",
@@ -297,6 +298,27 @@ def test_a_job_that_no_node_holds(here: Site, paper: Params, monkeypatch: pytest
         "asks for a node of 64 cores, 800 GB and 8 GPUs, and the cluster has none (its nodes: 4 cores, 31 GB and 0 GPUs)"
         in str(raised.value)
     )
+
+
+@pytest.mark.parametrize("partition", [None, "main", "main,urgent"])
+def test_a_partition_with_too_few_nodes_or_too_small_ones(
+    here: Site, monkeypatch: pytest.MonkeyPatch, partition: str | None
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(here.slurm.conf))
+    monkeypatch.setenv("SCM_ROOT", str(here.folder))
+    job = table(load(ROOT / "params.yaml", "smoke"))
+    request = {**site.Site(partition=partition).request(job), "mem": "1024MB"}
+    preflight.accepts(job, {**request, "nodes": 2})
+    where = f"partition {partition}" if partition else "the cluster"
+    kinds = re.escape("(its nodes: 4 cores, 31 GB and 0 GPUs): name another partition")
+    with pytest.raises(
+        PipelineError, match=rf"asks for 3 nodes of 1 cores, 1 GB and 0 GPUs, and {where} has 2 {kinds}"
+    ):
+        preflight.accepts(job, {**request, "nodes": 3})
+    with pytest.raises(
+        PipelineError, match=rf"asks for a node of 1 cores, 40 GB and 0 GPUs, and {where} has none {kinds}"
+    ):
+        preflight.accepts(job, {**request, "mem": "40960MB"})
 
 
 def test_nodes_that_are_down_refuse_nothing(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
