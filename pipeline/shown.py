@@ -2,8 +2,8 @@
 """Which models each table and figure shows, of those that a scale trains.
 
 A student belongs to an item by its name in params.yaml, which is a convention, or by its method: Table 5's multistep students are those
-that are trained in segments, Table E3's those called sct_… and ect_…, Figure 5's the student `scd_norm` (where there is none: `scd`) with
-its variants `scd_raw`, `scd_clip`, `scd_unweighted` and all of discrete time.
+that are trained in segments, Table E3's those called `sct_…` and `ect_…`, Figure 5's the student `scd_norm` (where there is none: `scd`)
+with its variants `scd_raw`, `scd_clip`, `scd_unweighted` and all of discrete time.
 """
 
 from __future__ import annotations
