@@ -253,6 +253,7 @@ def check(params: Params, sigmas: float, most: int | None) -> int:
         if name in found.files and sha256_file(found.files[name]) != digest
     ]
     _list("files with other bytes", changed, most)
+    _list("claims with another verdict, which is told and not judged", _verdicts(params.scale, found), most)
     if apart and sigmas == 3.0:
         print(f"By chance alone {CHANCE * len(apart):.1f} of {len(apart)} independent numbers would be beyond.")
     if apart and then == now and "not known" not in now.values():

@@ -108,6 +108,27 @@ def test_what_is_missing_is_named(made: Any) -> None:
     assert gone.stdout.endswith("0 beyond, 2 missing\n")
 
 
+def test_a_claim_that_is_judged_otherwise_is_told(made: Any) -> None:
+    """A verdict has no error: the number behind it decides whether the results agree."""
+    claims = """
+def run(ctx):
+    verdict = "holds" if ctx.scale.value < 3 else "does not hold"
+    run = ctx.input_runs["second"]
+    rows = [f"gap,{ctx.scale.value},10.0,{verdict},{run}", f"other,5.0,1.0,holds,{run}"]
+    (ctx.out / "table.csv").write_text("\\n".join(["id,ours,standard_error,verdict,runs", *rows]) + "\\n")
+    (ctx.out / "table.md").write_text("claims")
+"""
+    (made.root / "pipeline/stages/report.py").write_text(claims)
+    make(made, 1)
+    assert results(made, "collect").returncode == 0
+    assert "another verdict" not in results(made, "check").stdout
+    make(made, 3)
+    done = results(made, "check")
+    assert done.returncode == 0, done.stdout
+    said = "claims with another verdict, which is told and not judged:\n  table.csv: gap: holds committed, does not hold here\n"
+    assert said in done.stdout
+
+
 def test_only_what_is_done_is_collected(made: Any) -> None:
     (made.root / "reports/table.md").write_text("by hand")
     refused = results(made, "collect")
