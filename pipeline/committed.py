@@ -165,6 +165,7 @@ def page(index: Mapping[str, Any], found: Found) -> str:
     lines = [
         f"# Results of scale {index['scale']}",
         "",
+        *([f"**{note}.**", ""] if (note := found.params.note_of(index["scale"])) else []),
         f"Written by `python -m pipeline results collect`. Measured on: {where}. Every number with its error, samples, seed and run:",
         f"[{INDEX}]({INDEX}). Whether a run of yours agrees: `make check-results SCALE={index['scale']}`.",
         "",

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from pipeline.costs import REPORT_SLOT, Resources
 from pipeline.params import Params, Scale, Slot
 
-__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage"]
+__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage", "noted"]
 
 REPORTS = Path("reports")
 
@@ -136,3 +136,9 @@ class Stage:
             sources=(Path("pipeline", "stages", f"{self.name}.py"), *self.reads),
             resources=self.cost(params.active, axes),
         )
+
+
+def noted(stage: Stage) -> Stage:
+    """A stage that writes the scale's note on what it makes, where the scale has one: another note makes it run again."""
+    own = stage.params
+    return replace(stage, params=lambda point: (*own(point), *(("note",) if point.params.active.note else ())))

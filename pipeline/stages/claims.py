@@ -5,7 +5,7 @@ from pipeline import measured, paths
 from pipeline.claims import ERRORS, FAILS, HOLDS, OPEN, Evidence, table
 from pipeline.context import Context
 from pipeline.headlines import claims
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -19,5 +19,4 @@ def run(ctx: Context) -> None:
         "sign decides. A verdict is about the data named here, not about ImageNet.",
     ]
     shown = found[["id", "statement", "paper", "ours", "standard_error", "rule", "verdict", "why"]]
-    for file in write_table(ctx.out, "claims", found, "Claims", notes, shown=shown):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "claims", found, "Claims", notes, shown=shown)

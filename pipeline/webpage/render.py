@@ -76,6 +76,7 @@ def render(job: Job, params: Params, inputs: Mapping[str, Path], input_runs: Map
     shown = {table.name for table in shown_tables} | {figure.name for figure in figures}
     page = {
         "scale": job.scale,
+        "scale_note": params.note_of(job.scale),
         "slots": params.scales[job.scale].slots,
         "claims": judged,
         "verdicts": claims.summary(judged or []),

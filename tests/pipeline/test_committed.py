@@ -69,7 +69,9 @@ def test_an_unchanged_run_agrees_digit_by_digit(made: Any) -> None:
     entry = next(entry for entry in index["numbers"] if entry["row"] == {"method": "ours"})
     run = json.loads((made.root / "runs/tiny/second/manifest.json").read_text())["run"]
     assert (entry["value"], entry["se"], entry["seed"], entry["run"]) == (2.0, 1.0, "7", run)
-    assert "| second | 2-step | 0.500 ± 0.100 |" in (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text()
+    assert "| second | 2-step | 0.500 ± 0.100 |" in page
+    assert page.startswith("# Results of scale tiny\n\n**Scale tiny: of fakes.**\n")
     same = results(made, "check")
     assert (same.returncode, same.stderr) == (0, "")
     assert (

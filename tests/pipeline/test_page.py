@@ -159,6 +159,19 @@ def test_the_verdicts_stand_on_top_and_beside_the_claims(parsed: Page) -> None:
     assert "± 0.02" in text
 
 
+def test_the_scales_note_stands_before_the_verdicts(made: Made, parsed: Page) -> None:
+    """What smoke finds means nothing, and its page says so before anything else; another scale's has no such words."""
+    note = made.params.note_of("smoke")
+    assert note.endswith("its results mean nothing")
+    text = parsed.text()
+    assert text.index(f"{note}.") < text.index("holds: 1")
+    assert text.count(f"{note}.") >= 2
+    data = read_yaml(ROOT / "params.yaml")
+    del data["scales"]["smoke"]["note"]
+    silent = rendering.render(made.page, validate(data).with_scale("smoke"), made.inputs(), made.runs())
+    assert '<p class="warning">' not in silent
+
+
 def test_what_comes_from_files_is_escaped(made: Made, tmp_path: Path) -> None:
     row = {**table(made.evaluations)[-2], "section": f"Ours {HOSTILE}", "method": HOSTILE, "fid": HOSTILE}
     nasty = dict.fromkeys(claims([])[0], HOSTILE) | {"verdict": "holds"}
