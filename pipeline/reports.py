@@ -198,7 +198,7 @@ _SHOWN = (
         params=lambda p: (*measured_with("claims")(p), *trained_with("claims")(p)),
         cost=costs.report,
         reports=_files("claims", TEXTS),
-        reads=tuple(REPORTS / "paper" / f"{name}.csv" for name in ("table2", "table5", "table7", "tableE3")),
+        reads=tuple(REPORTS / "paper" / f"{name}.csv" for name in ("table2", "tableE3")),
     ),
 )
 _POINTS = Stage(

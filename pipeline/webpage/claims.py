@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's headline claims as reports/claims.csv has them: id, statement, paper, ours, standard_error, rule, verdict, why, runs."""
+"""The paper's headline claims as reports/claims.csv has them (`pipeline.claims.COLUMNS`)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Claim:
     verdict: str
     """In the report's words."""
     why: str
+    data: str
+    """What it was measured on, and in which features; empty for a count."""
     runs: Sequence[Link]
 
     @property
@@ -48,12 +50,13 @@ def read_claims(file: Path, known: Mapping[str, str]) -> list[Claim]:
         Claim(
             row.get("id", ""),
             row.get("statement", ""),
-            row.get("paper") or row.get("paper_value", ""),
+            row.get("paper", ""),
             row.get("ours", ""),
-            row.get("standard_error") or row.get("se", ""),
+            row.get("standard_error", ""),
             row.get("rule", ""),
             row.get("verdict", ""),
             row.get("why", ""),
+            ", in ".join(filter(None, (row.get("dataset", ""), row.get("features", "")))),
             run_links(row, known),
         )
         for row in read_rows(file)

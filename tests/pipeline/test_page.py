@@ -156,6 +156,7 @@ def test_the_verdicts_stand_on_top_and_beside_the_claims(parsed: Page) -> None:
     assert "✓ holds: 1 ✗ does not hold: 1 ? not testable at this scale: 1" in text
     kinds = [a["class"] for a in parsed.all("article") if a.get("class", "").startswith("claim")]
     assert kinds == ["claim holds", "claim fails", "claim open"]
+    assert text.count("On mnist5k, in toy (8-d)") == 3
     assert "± 0.02" in text
 
 
