@@ -155,13 +155,21 @@ def test_faults_in_one_sentence(made: Any) -> None:
     remedy = "write it with: python -m pipeline results collect --scale tiny\n"
     nothing = f"error: results/tiny/results.json: nothing is committed for scale tiny; {remedy}"
     assert results(made, "check").stderr == nothing
-    assert results(made, "check", "--sigmas", "0").stderr == "error: results check: --sigmas 0: must be > 0\n"
+    assert (
+        results(made, "check", "--sigmas", "0").stderr == "error: results check: --sigmas 0: must be > 0 and finite\n"
+    )
+    assert (
+        "results collect: --sigmas: is an option of `results check`" in results(made, "collect", "--sigmas", "2").stderr
+    )
+    assert "results check: --partial: is an option of `results collect`" in results(made, "check", "--partial").stderr
     assert results(made, "collect").returncode == 0
     file = made.root / "results/tiny/results.json"
     text = file.read_text()
     for damaged, words in (
         (text.replace('"column"', '"colum"'), "damaged (KeyError('column'))"),
         (text.replace('"format": 1', '"format": 2'), "is not what `results collect` of this version writes"),
+        (text.replace('"machine"', '"machines"'), "damaged (KeyError('machine'))"),
+        (text.replace('"files": {', '"files": [], "others": {'), "damaged (TypeError('files is of another kind'))"),
         (text[:100], "is not what `results collect` of this version writes"),
     ):
         file.write_text(damaged)
