@@ -51,7 +51,6 @@ LOOKS = {
     "dscd": Look(PURPLE, "X"),
     "other": Look(GREY, "."),
 }
-NOTHING = NullFormatter()
 LINES = {1: "--", 2: "-"}  # by number of steps
 
 plt.rcParams.update(

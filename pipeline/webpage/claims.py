@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.webpage.tables import Link, read_rows, run_links
+from pipeline.cells import read_rows
+from pipeline.webpage.tables import Link, run_links
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
 MARKS = {HOLDS: "✓", FAILS: "✗", OPEN: "?"}

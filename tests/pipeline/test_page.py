@@ -360,7 +360,7 @@ def test_quantities_get_a_column_for_each_size(tmp_path: Path) -> None:
         {**base, "size": "S", "value": "3.0", "run": "a-1"},
         {**base, "size": "M", "value": "2.0", "run": "b-2 c-3"},
     ]
-    found = tables.as_table("table5", rows, tables.anchors(["a-1", "b-2"]), "Table 5", [])
+    found = tables.as_table("table5", rows, {run: f"run-{run}" for run in ("a-1", "b-2")}, "Table 5", [])
     assert found.columns == ["sampler", "quantity", "S", "M"]
     ((_, _, small, medium),) = found.sections[0].rows
     assert (small.text, small.error, small.anchor) == ("3.0", "0.1", "run-a-1")
