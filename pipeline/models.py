@@ -249,7 +249,7 @@ class Scale(Model):
     """All numbers of one scale."""
 
     note: Annotated[str, Field(min_length=1, max_length=80)] | None = None
-    """What readers of its results must know: it stands on all of them. A line of a figure holds so many letters."""
+    """What readers of its results must know: it stands on all of them, on figures as one line."""
     seed: Seed
     hardware: Hardware | None = None
     """Absent: the CPU of one machine."""

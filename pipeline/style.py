@@ -140,9 +140,18 @@ def save(ctx: Context, figure: Figure, name: str) -> list[Path]:
 
 
 def footer(figure: Figure, words: str) -> Bbox:
-    """A line of words below the figure, which stays as it is; the part to save, in inches: the figure and the line."""
+    """A line of words below the figure, which stays as it is; the part to save, in inches: the figure and the line.
+
+    Where the figure is narrow the words are small, so that all of them are there.
+    """
     wide, tall = figure.get_size_inches()
-    figure.text(0.5, -0.5 * FOOTER / tall, words, ha="center", va="center", color=VERMILION).set_in_layout(False)
+    line = figure.text(0.5, -0.5 * FOOTER / tall, words, ha="center", va="center", color=VERMILION)
+    line.set_in_layout(False)
+    dpi = figure.dpi
+    figure.set_dpi(DPI)  # by hinting the words are not as wide at another one
+    while line.get_window_extent().width > 0.95 * wide * DPI:
+        line.set_fontsize(0.97 * line.get_fontsize())
+    figure.set_dpi(dpi)
     return Bbox.from_extents(0, -FOOTER, wide, tall)
 
 
