@@ -175,6 +175,7 @@ def page(index: Mapping[str, Any], found: Found) -> str:
         f"Written by `python -m pipeline results collect`. Measured on: {where}. Every number with its error, samples, seed and run:",
         f"[{INDEX}]({INDEX}). Whether a run of yours agrees: `make check-results SCALE={index['scale']}`.",
         "",
+        *([f"Data and features: {'; '.join(data)}.", ""] if (data := measured_on(found.params)) else []),
         "| model | sampler | FID | precision | recall | guidance | NFE |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -193,6 +194,16 @@ def page(index: Mapping[str, Any], found: Found) -> str:
             lines += ["", f"## {stem.capitalize()}", "", f"![{stem}]({name})"]
     tables = [name for name in sorted(found.files) if not name.endswith(".png")]
     return "\n".join([*lines, "", "## Tables", "", *(f"- [{name}]({name})" for name in tables), ""])
+
+
+def measured_on(params: Params) -> list[str]:
+    """What each slot was measured on, for a number is none without it."""
+    from pipeline.tables import FEATURES
+
+    return [
+        f"{name}: {slot.dataset.source}, {slot.dataset.resolution} × {slot.dataset.resolution}, FID in {FEATURES[slot.evaluation.spaces[0]]}"
+        for name, slot in params.active.slots.items()
+    ]
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -5,9 +5,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.committed import measured_on
+from pipeline.params import load
 
 # A table of two numbers, one of which grows by a standard error for each step of `value`; the first row is published.
 REPORT = """
@@ -79,6 +83,14 @@ def test_an_unchanged_run_agrees_digit_by_digit(made: Any) -> None:
         in same.stdout
     )
     assert same.stdout.endswith("the results agree\n")
+
+
+def test_the_page_says_what_was_measured_on_what() -> None:
+    """A FID in the features of a small classifier is not one in Inception's."""
+    root = Path(__file__).resolve().parents[2]
+    smoke, paper = (measured_on(load(root / "params.yaml", scale)) for scale in ("smoke", "paper"))
+    assert smoke[0] == "latent_guided: mnist5k, 32 × 32, FID in the features of a small classifier, not in Inception's"
+    assert "pixel_uncond: cifar10, 32 × 32, FID in Inception's features" in paper
 
 
 def test_what_lies_within_the_errors_agrees_and_what_does_not_is_named(made: Any) -> None:
