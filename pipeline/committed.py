@@ -200,10 +200,11 @@ def measured_on(params: Params) -> list[str]:
     """What each slot was measured on, for a number is none without it."""
     from pipeline.tables import FEATURES
 
-    return [
-        f"{name}: {slot.dataset.source}, {slot.dataset.resolution} × {slot.dataset.resolution}, FID in {FEATURES[slot.evaluation.spaces[0]]}"
-        for name, slot in params.active.slots.items()
-    ]
+    lines = []
+    for name, slot in params.active.slots.items():
+        side, space = slot.dataset.resolution, slot.evaluation.spaces[0]
+        lines.append(f"{name}: {slot.dataset.source}, {side} × {side}, FID in {FEATURES[space]}")
+    return lines
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

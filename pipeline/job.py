@@ -11,9 +11,10 @@ from types import MappingProxyType
 from pipeline.costs import REPORT_SLOT, Resources
 from pipeline.params import Params, Scale, Slot
 
-__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage", "noted"]
+__all__ = ["NOTE", "REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage", "noted"]
 
 REPORTS = Path("reports")
+NOTE = "note"  # the only key that a scale may be without
 
 
 @dataclass(frozen=True)
@@ -141,4 +142,4 @@ class Stage:
 def noted(stage: Stage) -> Stage:
     """A stage that writes the scale's note on what it makes, where the scale has one: another note makes it run again."""
     own = stage.params
-    return replace(stage, params=lambda point: (*own(point), *(("note",) if point.params.active.note else ())))
+    return replace(stage, params=lambda point: (*own(point), *((NOTE,) if point.params.active.note else ())))

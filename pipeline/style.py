@@ -150,7 +150,7 @@ def footer(figure: Figure, words: str) -> Bbox:
     dpi = figure.dpi
     figure.set_dpi(DPI)  # by hinting the words are not as wide at another one
     while line.get_window_extent().width > 0.95 * wide * DPI:
-        line.set_fontsize(0.97 * line.get_fontsize())
+        line.set_fontsize(0.97 * float(line.get_fontsize()))
     figure.set_dpi(dpi)
     return Bbox.from_extents(0, -FOOTER, wide, tall)
 
