@@ -4,6 +4,10 @@
 A claim is a margin: how far a number is on the claimed side of a bound, with a standard error. It holds if the margin is more than two
 standard errors above zero (one-sided, 2.3 % of chance with normal errors), it does not hold if it is as far below, and between them this
 scale cannot tell. Counts have no error: their sign decides. Bounds are the paper's own words, or marked as ours.
+
+The 2.3 % are those of a known error. The spread of three trainings is known badly itself: of two means of three, 5.8 % lie beyond two
+standard errors by chance (Student's t, four degrees of freedom). The error of a single training is that of measuring it alone: it says
+nothing of how another training would end. Both stand on the face of the claims.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from pipeline.shown import LATENT
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable at this scale"
 FIGURE = "a figure without numbers"  # what the paper has in place of a value
 ERRORS = 2.0  # standard errors that decide
-COLUMNS = ["id", "statement", "paper", "ours", "standard_error", "rule", "verdict", "why", "scale", "dataset", "runs"]
+COLUMNS = [
+    "id", "statement", "paper", "ours", "standard_error", "rule", "verdict", "why", "scale", "dataset", "features", "runs"
+]  # fmt: skip
 
 
 class Claim(NamedTuple):
@@ -50,6 +56,8 @@ class Found(NamedTuple):
     why: str
     runs: str = ""
     digits: int = 3
+    undecided: str = ""
+    """Why the number decides nothing, whatever it is: it could not have come out otherwise, or is a bound on the wrong side."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,9 @@ def claim(id: str, statement: str, paper: str, rule: str, find: Callable[[], Fou
     except Absent as absent:
         return Claim(id, statement, paper, "missing", "", rule, OPEN, str(absent), "")
     verdict, why = judged(found.margin, found.error), found.why
-    if verdict == OPEN:
+    if found.undecided:
+        verdict, why = OPEN, f"{why}; {found.undecided}"
+    elif verdict == OPEN:
         why = (
             f"{why}; the margin of {found.margin:z.3g} is within {ERRORS:g} standard errors ({found.error:.2g}) of zero"
         )
@@ -108,6 +118,12 @@ def needed(rows: pd.DataFrame, what: str, column: str = "fid") -> Number:
     if number is None:
         raise Absent(f"no run of {what} at this scale")
     return number
+
+
+def trainings(*parts: pd.DataFrame) -> str:
+    """How many trainings each number is the mean of: a single one's error is that of measuring it alone."""
+    counts = dict.fromkeys(str(part.seed.nunique()) for part in parts)
+    return f"trainings: {' and '.join(counts)}"
 
 
 def joined_runs(*parts: pd.DataFrame) -> str:
@@ -135,9 +151,13 @@ def over_guidance(a: pd.DataFrame, b: pd.DataFrame, column: str, what: str) -> t
     return sum(value for value, _ in pairs) / count, sum(error for _, error in pairs) / count, count
 
 
-def table(claims: Iterable[Claim], scale: str, dataset: str) -> pd.DataFrame:
-    """claims.csv."""
-    rows = [{**found._asdict(), "scale": scale, "dataset": dataset} for found in claims]
+def table(claims: Iterable[Claim], scale: str, points: pd.DataFrame) -> pd.DataFrame:
+    """claims.csv: each claim with the data and the features that its runs were measured with; a count was not measured with any."""
+    rows = []
+    for found in claims:
+        behind = points[points.run.isin(found.runs.split()) & (points.space != "dinov2")]
+        said = {name: ", ".join(dict.fromkeys(behind[name])) for name in ("dataset", "features")}
+        rows.append({**found._asdict(), "scale": scale, **said})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ KINDS = (".csv", ".md", ".png")  # what a reader looks at; LaTeX and PDF are mad
 MOST_BYTES = 2 * 2**20  # of a file: git keeps every version
 INDEX, PAGE, METRICS = "results.json", "README.md", "metrics.json"
 VERSIONS = ("torch", "numpy", "scipy")  # that digits depend on
-CHANCE = 0.0027  # two numbers of the same truth lie further apart than three standard errors
+SIGMAS = 3.0
+CHANCE = 0.0027  # two numbers of the same truth lie further apart than so many standard errors
 LISTED = 20
 
 
@@ -43,16 +45,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--scale", help="default: that of params.yaml")
     parser.add_argument("--partial", action="store_true", help="collect what is done, though other reports are not")
     parser.add_argument(
-        "--sigmas", type=float, default=3.0, help="how far apart numbers may lie (default: %(default)g standard errors)"
+        "--sigmas", type=float, help=f"how far apart numbers may lie (default: {SIGMAS:g} standard errors)"
     )
     parser.add_argument("--all", action="store_true", help=f"name every number that differs, not only {LISTED}")
     options = parser.parse_args(list(argv))
+    for name, what in {"partial": "collect", "sigmas": "check", "all": "check"}.items():
+        if getattr(options, name) not in (None, False) and options.what != what:
+            raise PipelineError(f"results {options.what}: --{name}: is an option of `results {what}`; leave it out")
+    sigmas = SIGMAS if options.sigmas is None else options.sigmas
+    if not 0 < sigmas < math.inf:
+        raise PipelineError(f"results check: --sigmas {sigmas:g}: must be > 0 and finite")
     params = load(paths.root() / PARAMS_FILE, options.scale)
     if options.what == "collect":
         return collect(params, options.partial)
-    if not options.sigmas > 0:
-        raise PipelineError(f"results check: --sigmas {options.sigmas:g}: must be > 0")
-    return check(params, options.sigmas, None if options.all else LISTED)
+    return check(params, sigmas, None if options.all else LISTED)
 
 
 def folder_of(scale: str) -> Path:
@@ -165,9 +171,11 @@ def page(index: Mapping[str, Any], found: Found) -> str:
     lines = [
         f"# Results of scale {index['scale']}",
         "",
+        *([f"**{note}.**", ""] if (note := found.params.note_of(index["scale"])) else []),
         f"Written by `python -m pipeline results collect`. Measured on: {where}. Every number with its error, samples, seed and run:",
         f"[{INDEX}]({INDEX}). Whether a run of yours agrees: `make check-results SCALE={index['scale']}`.",
         "",
+        *([f"Data and features: {'; '.join(data)}.", ""] if (data := measured_on(found.params)) else []),
         "| model | sampler | FID | precision | recall | guidance | NFE |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -186,6 +194,17 @@ def page(index: Mapping[str, Any], found: Found) -> str:
             lines += ["", f"## {stem.capitalize()}", "", f"![{stem}]({name})"]
     tables = [name for name in sorted(found.files) if not name.endswith(".png")]
     return "\n".join([*lines, "", "## Tables", "", *(f"- [{name}]({name})" for name in tables), ""])
+
+
+def measured_on(params: Params) -> list[str]:
+    """What each slot was measured on, for a number is none without it."""
+    from pipeline.tables import FEATURES
+
+    lines = []
+    for name, slot in params.active.slots.items():
+        side, space = slot.dataset.resolution, slot.evaluation.spaces[0]
+        lines.append(f"{name}: {slot.dataset.source}, {side} × {side}, FID in {FEATURES[space]}")
+    return lines
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
@@ -209,6 +228,9 @@ def read_index(scale: str) -> tuple[dict[str, Any], dict[Name, Number]]:
             f"{name}: is not what `results collect` of this version writes; restore it with: git checkout {name}"
         )
     try:
+        kinds = {"machine": dict, "files": dict, "numbers": list}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(index[key], kind)]:
+            raise TypeError(f"{wrong[0]} is of another kind")
         return index, cells.parse(index["numbers"])
     except (KeyError, TypeError, ValueError) as error:
         raise PipelineError(f"{name}: damaged ({error!r}); restore it with: git checkout {name}") from None
@@ -254,7 +276,8 @@ def check(params: Params, sigmas: float, most: int | None) -> int:
         if name in found.files and sha256_file(found.files[name]) != digest
     ]
     _list("files with other bytes", changed, most)
-    if apart and sigmas == 3.0:
+    _list("claims with another verdict, which is told and not judged", _verdicts(params.scale, found), most)
+    if apart and sigmas == SIGMAS:
         print(f"By chance alone {CHANCE * len(apart):.1f} of {len(apart)} independent numbers would be beyond.")
     if apart and then == now and "not known" not in now.values():
         print(

@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     asked = Asked(load(paths.root() / PARAMS_FILE, options.scale), options)
     targets = [asked.target(run) for run in (options.a, options.b)]
     require_one_reference(targets, (options.a, options.b))
+    require_a_use(targets, options)
     count = min(options.samples or target.default_samples for target in targets)
     points = [
         point_of(target, run, options, count) for target, run in zip(targets, (options.a, options.b), strict=True)
@@ -55,13 +56,22 @@ def require_one_reference(targets: Sequence[Target], runs: Sequence[str]) -> Non
         )
 
 
+def require_a_use(targets: Sequence[Target], options: argparse.Namespace) -> None:
+    """PipelineError for an option that neither of the two heeds."""
+    sampled = any(not target.subject.is_folder for target in targets)
+    guided = any(target.subject.guidable for target in targets)
+    for name, used in {"guidance": guided, "steps": sampled, "first": sampled}.items():
+        if getattr(options, name) is not None and not used:
+            raise PipelineError(f"--{name}: means nothing to {options.a} and {options.b}; leave it out")
+
+
 def point_of(target: Target, run: str, options: argparse.Namespace, count: int) -> Point:
     """What to measure of one of the two."""
     subject = target.subject
     target.check_samples(run, count)
     if subject.is_folder:
         return Point(REPORT, 0, None, count, 0)
-    steps = options.steps or min(subject.steps)
+    steps = min(subject.steps) if options.steps is None else options.steps
     target.check_steps(run, steps)
     scale = (1.0 if options.guidance is None else options.guidance) if subject.guidable else None
     target.check_guidance(run, () if scale is None else (scale,))

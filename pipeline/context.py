@@ -51,6 +51,11 @@ class Context:
         return self.params.scales[self.job.scale]
 
     @property
+    def note(self) -> str:
+        """What readers of the scale's results must know, or nothing."""
+        return self.params.note_of(self.job.scale)
+
+    @property
     def slot(self) -> "Slot":
         """The parameters of the job's slot."""
         return self.scale.slots[self.job.axes["slot"]]

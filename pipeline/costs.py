@@ -240,8 +240,7 @@ def evaluate(scale: Scale, slot: Slot, axes: Mapping[str, str]) -> Resources:
         averages = 1 + sum(width != training.ema_sigma_rel for width in plan.averages)
         unguided, guided = averages * unguided + earlier, averages * guided + guided_scales * earlier
     if student is None:  # guidance costs a second pass
-        steps = 2 * plan.teacher.steps - 1 if plan.teacher.solver == "heun" else plan.teacher.steps
-        passes, images = steps * (unguided + 2 * guided), unguided + guided
+        passes, images = plan.teacher.nfe * (unguided + 2 * guided), unguided + guided
     else:
         passes, images = sum(student.steps) * (unguided + guided), len(student.steps) * (unguided + guided)
     flops = float(passes * slot.sizes[axes["size"]].network.flops(slot.items))

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline import paths, registry
-from pipeline.job import Job
+from pipeline.job import NOTE, Job
 from pipeline.params import Params
 
 HEADER = """\
@@ -65,7 +65,8 @@ def _stage(job: Job) -> dict[str, Any]:
         "desc": registry.STAGES[job.stage].title,
         "cmd": job.command.replace(f"scale={job.scale}", "scale=${scale}"),
         "deps": [path.as_posix() for path in job.sources] + [_templated(job, path) for path in job.inputs.values()],
-        "params": [f"scales.${{scale}}.{key.removeprefix(prefix)}" for key in job.params],
+        # The file is for every scale of these axes, and DVC stops at a key that one of them lacks.
+        "params": [f"scales.${{scale}}.{key.removeprefix(prefix)}" for key in job.params if key != f"{prefix}{NOTE}"],
         # Reports are small text and pictures for git; what is large goes to DVC's cache.
         "outs": [{path.as_posix(): {"cache": False}} for path in job.outputs]
         if job.is_report

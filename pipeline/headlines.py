@@ -21,6 +21,7 @@ from pipeline.claims import (
     needed,
     over_guidance,
     sizes_of,
+    trainings,
 )
 from pipeline.costs import training_flops
 from pipeline.curves import curve
@@ -33,7 +34,6 @@ TRAINING = 0.20  # "under 20 %" of the teacher's training compute
 TWICE, ABOUT = 2.0, 0.2  # "about 2×"; how far off is still about: ours
 CONSTANT = 0.10  # largest over smallest ratio of "about constant": ours
 RECALL = 0.05  # what sCD may lose of its teacher's recall and still be said not to trade it: ours
-Row = dict[str, float]
 
 
 def claims(seen: Evidence) -> Iterator[Claim]:
@@ -60,12 +60,12 @@ def claims(seen: Evidence) -> Iterator[Claim]:
     yield claim(
         "stable_training",
         "continuous-time training is stable: no step is skipped for a loss or gradient that is not finite, and FID at the end is not worse "
-        "than at an earlier checkpoint (sCD, sCT, multistep and sCD + VSD with normalised tangents)",
+        "than at an earlier checkpoint by more than two standard errors (sCD, sCT, multistep and sCD + VSD with normalised tangents)",
         FIGURE,
-        "number of unstable trainings = 0",
+        "number of unstable students = 0",
         lambda: stable_training(seen),
     )
-    ratios = f"{scd2.ratio.min():.3f} to {scd2.ratio.max():.3f}"
+    ratios = f"{scd2.ratio.max() / scd2.ratio.min() - 1:.3f} ({scd2.ratio.min():.3f} to {scd2.ratio.max():.3f})"
     yield claim(
         "constant_ratio",
         "the ratio of sCD's 2-step FID to its teacher's is about constant over sizes",
@@ -100,7 +100,7 @@ def claims(seen: Evidence) -> Iterator[Claim]:
         "training_compute",
         "sCD converges in under 20 % of its teacher's training compute",
         "< 0.20",
-        f"model FLOPs until the 1-step FID is within 10 % of its last, over the teacher's < {TRAINING:g}",
+        f"model FLOPs until the 1-step FID stays within 10 % of its last, over the teacher's < {TRAINING:g}",
         lambda: training_compute(seen),
     )
     yield claim(
@@ -117,7 +117,7 @@ def two_step_gap(seen: Evidence, size: str) -> Found:
     rows, teacher = seen.rows(LATENT, size, "scd", 2), seen.rows(LATENT, size, "teacher")
     found = ratio(needed(rows, "sCD with 2 steps"), needed(teacher, "its teacher"))
     scales = [measured.joined(part, "guidance", "{:g}") for part in (rows, teacher)]
-    why = f"guidance {scales[0]} and {scales[1]}, {rows.samples.iloc[0]} samples"
+    why = f"guidance {scales[0]} and {scales[1]}, {rows.samples.iloc[0]} samples, {trainings(rows, teacher)}"
     return Found(found.value, 1 + GAP - found.value, found.error, why, joined_runs(rows, teacher))
 
 
@@ -155,7 +155,7 @@ def stable_training(seen: Evidence) -> Found:
         worse = got_worse(curve(seen.points, slot, name, size, method, student.steps[0]))
         curves += worse is not None
         if len(bad) or worse:
-            unstable.append(f"{method}-{size}")
+            unstable.append(f"{method}-{size} ({name})")
     if not checked:
         raise Absent("no continuous-time student at this scale")
     why = f"{checked} trainings, {curves} students with earlier checkpoints" + (
@@ -183,7 +183,7 @@ def constant_ratio(seen: Evidence) -> Found:
         parts += [rows, teacher]
     top, low = max(found.values()), min(found.values())
     spread = ratio(top, low)
-    why = ", ".join(f"{size} {n.value:.3f} ± {n.error:.3f}" for size, n in found.items())
+    why = ", ".join(f"{size} {n.value:.3f} ± {n.error:.3f}" for size, n in found.items()) + f"; {trainings(*parts)}"
     return Found(spread.value - 1, CONSTANT - (spread.value - 1), spread.error, why, joined_runs(*parts))
 
 
@@ -193,14 +193,18 @@ def vsd_against_scd(seen: Evidence, column: str, sign: int) -> Found:
         raise Absent("VSD alone is not trained at this scale")
     a, b = seen.sweep(sizes[-1], "vsd", 1), seen.sweep(sizes[-1], "scd", 1)
     value, error, count = over_guidance(a, b, column, "VSD and sCD")
-    return Found(value, sign * value, error, f"size {sizes[-1]}, mean over {count} scales", joined_runs(a, b))
+    why = f"size {sizes[-1]}, mean over {count} scales, {trainings(a, b)}"
+    return Found(value, sign * value, error, why, joined_runs(a, b))
 
 
 def scd_keeps_recall(seen: Evidence) -> Found:
     size = (list(sizes_of(seen.slot(), "scd")) or [""])[-1]
     a, b = seen.sweep(size, "teacher"), seen.sweep(size, "scd", 2)
     value, error, count = over_guidance(a, b, "recall", "the teacher and sCD")
-    return Found(value, RECALL - value, error, f"size {size}, mean over {count} scales", joined_runs(a, b))
+    why = f"size {size}, mean over {count} scales, {trainings(a, b)}"
+    most = a[a.guidance.isin(b.guidance)].recall.mean()
+    nothing = f"its teacher's recall is {most:.3f}: there is no such loss to be had" if most <= RECALL else ""
+    return Found(value, RECALL - value, error, why, joined_runs(a, b), undecided=nothing)
 
 
 def guidance(seen: Evidence, column: str, sign: int) -> Found:
@@ -211,7 +215,8 @@ def guidance(seen: Evidence, column: str, sign: int) -> Found:
     low, high = rows.guidance.min(), rows.guidance.max()
     ends = [needed(rows[rows.guidance == s], "sCD with 2 steps", column) for s in (high, low)]
     value, error = difference(*ends)
-    return Found(value, sign * value, error, f"size {size}, from {low:g} to {high:g}", joined_runs(rows))
+    why = f"size {size}, from {low:g} to {high:g}, {trainings(rows)}"
+    return Found(value, sign * value, error, why, joined_runs(rows))
 
 
 def training_compute(seen: Evidence) -> Found:
@@ -223,14 +228,18 @@ def training_compute(seen: Evidence) -> Found:
     found = curve(seen.points, slot, LATENT, size, "scd", 1)
     if found.empty:
         raise Absent("no run of sCD at this scale")
-    near = found[found.fid <= (1 + GAP) * found.fid.iloc[-1]].iloc[0]
-    share = near.iterations / slot.student_for(size, "scd").iterations
-    value = share * training_flops(slot, size, "scd") / training_flops(slot, size, "teacher")
+    far = found.index[found.fid > (1 + GAP) * found.fid.iloc[-1]]  # the last one, at the end, is never among them
+    near = found.iloc[far[-1] + 1 if len(far) else 0]
+    each = training_flops(slot, size, "scd") / slot.student_for(size, "scd").iterations
+    costs = found.iterations * each / training_flops(slot, size, "teacher")
+    value, least = costs[near.name], costs[far[-1]] if len(far) else 0.0
     shown = ", ".join(f"{row.iterations}: {row.fid:.3f}" for row in found.itertuples())
     why = f"size {size}, reached at iteration {near.iterations} of the measured ones ({shown})"
     if len(found) == 1:
-        why = f"size {size}, all its iterations, as no earlier checkpoint was measured"
-    return Found(value, TRAINING - value, None, why, " ".join(dict.fromkeys(" ".join(found.run).split())))
+        why = f"size {size}, all its iterations"
+    undecided = f"nothing was measured between {least:.3f} and that" if least < TRAINING <= value else ""
+    runs = " ".join(dict.fromkeys(" ".join(found.run).split()))
+    return Found(value, TRAINING - value, None, why, runs, undecided=undecided)
 
 
 def iteration_cost(seen: Evidence) -> Found:

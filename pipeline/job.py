@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from pipeline.costs import REPORT_SLOT, Resources
 from pipeline.params import Params, Scale, Slot
 
-__all__ = ["REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage"]
+__all__ = ["NOTE", "REPORTS", "REPORT_SLOT", "Axes", "Job", "Point", "Stage", "noted"]
 
 REPORTS = Path("reports")
+NOTE = "note"  # the only key that a scale may be without
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,9 @@ class Stage:
             sources=(Path("pipeline", "stages", f"{self.name}.py"), *self.reads),
             resources=self.cost(params.active, axes),
         )
+
+
+def noted(stage: Stage) -> Stage:
+    """A stage that writes the scale's note on what it makes, where the scale has one: another note makes it run again."""
+    own = stage.params
+    return replace(stage, params=lambda point: (*own(point), *((NOTE,) if point.params.active.note else ())))

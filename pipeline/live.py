@@ -27,7 +27,7 @@ from pipeline.status import DONE, FAILED, QUEUED, RUNNING, STALE, WAITING, Row, 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-REFRESH_SECONDS = 2.0
+REFRESH_SECONDS, MOST_SECONDS = 2.0, 3600.0  # between two looks
 LINE_SECONDS = 15.0
 SILENT_SECONDS = 300.0  # without a sign of progress, after which the table says so
 NAMED = 6  # jobs that wait, by name; of the others the number
@@ -92,11 +92,13 @@ def main(argv: Sequence[str]) -> int:
         "--cores", type=int, default=os.cpu_count() or 1, help="for the time left; default: this machine's"
     )
     options = parser.parse_args(list(argv))
-    if not options.interval > 0:
+    if not 0 < options.interval <= MOST_SECONDS:
         raise PipelineError(
-            f"watch: --interval {options.interval:g}: must be > 0; leave it out for {REFRESH_SECONDS:g}"
+            f"watch: --interval {options.interval:g}: must be > 0 and at most {MOST_SECONDS:g}; leave it out for {REFRESH_SECONDS:g}"
         )
-    look = Looker(options.scale, max(1, options.cores))
+    if options.cores < 1:
+        raise PipelineError(f"watch: --cores {options.cores}: must be at least 1; leave it out for this machine's")
+    look = Looker(options.scale, options.cores)
     views = look()
     table = sys.stdout.isatty() and os.environ.get("SCM_PROGRESS") != "plain" and os.environ.get("TERM") != "dumb"
     if options.once:

@@ -248,12 +248,20 @@ class Slot(Model):
 class Scale(Model):
     """All numbers of one scale."""
 
+    note: Annotated[str, Field(min_length=1, max_length=80)] | None = None
+    """What readers of its results must know: it stands on all of them, on figures as one line."""
     seed: Seed
     hardware: Hardware | None = None
     """Absent: the CPU of one machine."""
     slots: Annotated[Mapping[SlotName, Slot], Field(min_length=1)]
     figure3: Figure3 | None = None
     figure4: Figure4 | None = None
+
+    @model_validator(mode="after")
+    def _note_is_a_line(self) -> Scale:
+        if self.note is not None and not (self.note.strip() and self.note.isprintable()):
+            raise problem("note", f"must be one line of words, got {self.note!r}")
+        return self
 
     @model_validator(mode="after")
     def _jobs_fit_nodes(self) -> Scale:
@@ -290,6 +298,11 @@ class Params(Model):
     def active(self) -> Scale:
         """The numbers of the active scale."""
         return self.scales[self.scale]
+
+    def note_of(self, scale: str) -> str:
+        """A scale's note as its tables, figures and pages have it: `Scale smoke: …`; empty for a scale without."""
+        note = self.scales[scale].note
+        return f"Scale {scale}: {note}" if note else ""
 
     def with_scale(self, scale: str) -> Params:
         """The same parameters with another scale active; `ParamsError` if there is no such scale."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline import costs, expansion
-from pipeline.job import REPORTS, Point, Stage
+from pipeline.job import REPORTS, Point, Stage, noted
 from pipeline.params import Scale, Slot
 from pipeline.students import TEACHER
 
@@ -41,7 +41,7 @@ def page(others: Sequence[Stage]) -> Stage:
         folders = {job.name: job.outputs[0] for job in jobs if job.stage in ("evaluate", "gallery")}
         return {**folders, **{path.name: path for job in jobs if job.is_report for path in job.outputs}}
 
-    return Stage(
+    report = Stage(
         "report",
         "the page that shows all of it: claims, tables, figures, samples, curves, lineage, cost",
         axes=(),
@@ -52,6 +52,7 @@ def page(others: Sequence[Stage]) -> Stage:
         reports=(REPORTS / PAGE,),
         reads=_PARTS,
     )
+    return noted(report)
 
 
 def shown_models(slot: Slot) -> Iterator[tuple[str, str]]:

@@ -53,8 +53,7 @@ def quantities(
 def _of_size(slot: Slot, name: str, size: str, points: pd.DataFrame) -> Iterator[Row]:
     how, students = slot.evaluation, slot.sizes[size].students
     guided = len(how.guidance) > 1
-    passes = 2 * how.teacher.steps - 1 if how.teacher.solver == "heun" else how.teacher.steps
-    sampler = f"diffusion (NFE {passes * (1 + guided)})"
+    sampler = f"diffusion (NFE {how.teacher.nfe * (1 + guided)})"
     width = slot.teacher_for(size).ema_sigma_rel
     yield {"sampler": sampler, "quantity": "ema_sigma_rel", "value": "" if width is None else f"{width:g}"}
     yield from _distances(points, name, size, "teacher", sampler, how.teacher.steps, "", "_trigflow", guided)

@@ -180,6 +180,11 @@ class TeacherSampling(Model):
     steps: Annotated[int, Field(ge=2, le=10_000)]
     """Time steps n; Heun's method evaluates the network 2n − 1 times."""
 
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the network for one sample without guidance, as scm_core.sampling.diffusion_nfe counts them."""
+        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
 
 Space = Literal["classifier", "inception", "dinov2"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.params import InverseSqrtDecay, Slot
+from pipeline.params import InverseSqrtDecay, Slot, StudentTraining
 from pipeline.shown import table5_students, table6_students
 from pipeline.tables import format_iterations, published
 from pipeline.writing import MISSING
@@ -28,13 +28,18 @@ def _network(key: str) -> Read:
     return lambda slot, size: [getattr(slot.sizes[size].network, key, MISSING)]
 
 
+def _chosen(slot: Slot, size: str, *methods: str) -> list[StudentTraining]:
+    """A size's students of those methods (of all, if none is named); not those of ablations."""
+    students = slot.sizes[size].students
+    named = dict.fromkeys((*table5_students(slot, size), *table6_students(slot, size)))
+    return [students[name] for name in named if not methods or students[name].method in methods]
+
+
 def _students(key: str, *methods: str) -> Read:
-    """The values of a key over a size's students of those methods (of all, if none is named), each once; not those of ablations."""
+    """The values of a key over these students, each once."""
 
     def read(slot: Slot, size: str) -> list[Any]:
-        students = slot.sizes[size].students
-        named = dict.fromkeys((*table5_students(slot, size), *table6_students(slot, size)))
-        chosen = [students[name] for name in named if not methods or students[name].method in methods]
+        chosen = _chosen(slot, size, *methods)
         return list(dict.fromkeys(getattr(student, key) for student in chosen if hasattr(student, key)))
 
     return read
@@ -43,6 +48,11 @@ def _students(key: str, *methods: str) -> Read:
 def _all(key: str) -> Read:
     read = _students(key)
     return lambda slot, size: list(dict.fromkeys([getattr(slot.teacher_for(size), key), *read(slot, size)]))
+
+
+def _fake_lr(slot: Slot, size: str) -> list[Any]:
+    """F_φ's own, or the student's."""
+    return list(dict.fromkeys(getattr(student, "fake_lr", None) or student.lr for student in _chosen(slot, size, *VSD)))
 
 
 def _betas(index: int) -> Read:
@@ -91,8 +101,8 @@ SETTINGS: dict[tuple[str, str], Read] = {
     ("sCD", "dropout_at_resolution_le_16"): _students("dropout", *DISTILLED),
     ("sCD", "cfg_scale_max"): _cfg,
     ("sCD+VSD", "iterations"): _students("iterations", *VSD),
-    ("sCD+VSD", "lr_max_alpha_ref_F_phi"): _students("lr", *VSD),  # a companion has the student's
-    ("sCD+VSD", "dropout_F_phi"): _students("dropout", *VSD),  # likewise
+    ("sCD+VSD", "lr_max_alpha_ref_F_phi"): _fake_lr,
+    ("sCD+VSD", "dropout_F_phi"): _students("dropout", *VSD),  # a companion has the student's
     ("sCD+VSD", "P_mean_L_Diff"): _students("fake_P_mean", *VSD),
     ("sCD+VSD", "P_std_L_Diff"): _students("fake_P_std", *VSD),
     ("sCD+VSD", "P_mean_L_VSD"): _students("vsd_P_mean", *VSD),

@@ -19,12 +19,14 @@ import matplotlib.pyplot as plt  # after the backend is chosen
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 if TYPE_CHECKING:
     from pipeline.context import Context
     from pipeline.params import Slot
 
 PAGE, COLUMN = 7.0, 3.4  # inches
+FOOTER = 0.22  # inches below a figure for the scale's note
 DPI = 200
 # Okabe and Ito's palette (Color Universal Design)
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -49,7 +51,6 @@ LOOKS = {
     "dscd": Look(PURPLE, "X"),
     "other": Look(GREY, "."),
 }
-NOTHING = NullFormatter()
 LINES = {1: "--", 2: "-"}  # by number of steps
 
 plt.rcParams.update(
@@ -127,14 +128,31 @@ def placeholder(axis: Axes, words: str) -> None:
 
 
 def save(ctx: Context, figure: Figure, name: str) -> list[Path]:
-    """<name>.png and <name>.pdf among the outputs, without dates, and as artifacts."""
+    """<name>.png and <name>.pdf among the outputs, without dates, and as artifacts; the scale's note, if it has one, below the drawing."""
     files = [ctx.out / f"{name}.png", ctx.out / f"{name}.pdf"]
-    figure.savefig(files[0], dpi=DPI, metadata={"Software": None})
-    figure.savefig(files[1], dpi=DPI, metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    frame = footer(figure, ctx.note) if ctx.note else None
+    figure.savefig(files[0], dpi=DPI, metadata={"Software": None}, bbox_inches=frame)
+    figure.savefig(files[1], metadata={"CreationDate": None, "Creator": None, "Producer": None}, bbox_inches=frame)
     plt.close(figure)
     for file in files:
         ctx.tracker.log_artifact(file)
     return files
+
+
+def footer(figure: Figure, words: str) -> Bbox:
+    """A line of words below the figure, which stays as it is; the part to save, in inches: the figure and the line.
+
+    Where the figure is narrow the words are small, so that all of them are there.
+    """
+    wide, tall = figure.get_size_inches()
+    line = figure.text(0.5, -0.5 * FOOTER / tall, words, ha="center", va="center", color=VERMILION)
+    line.set_in_layout(False)
+    dpi = figure.dpi
+    figure.set_dpi(DPI)  # by hinting the words are not as wide at another one
+    while line.get_window_extent().width > 0.95 * wide * DPI:
+        line.set_fontsize(0.97 * float(line.get_fontsize()))
+    figure.set_dpi(dpi)
+    return Bbox.from_extents(0, -FOOTER, wide, tall)
 
 
 def plain(axis: Axes, which: str = "y") -> None:

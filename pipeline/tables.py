@@ -95,7 +95,8 @@ def our_rows(points: pd.DataFrame, slots: Iterable[str], scale: Scale, name: str
                 label = {"section": section, "method": f"{METHOD_NAMES[method]}-{size}", "size": size}
                 found = measured.of_model(points, slot_name, size, method)
                 if found.empty:
-                    rows += [{**label, "nfe": str(nfe), "fid": MISSING} for nfe in (1, 2)]
+                    passes = (slot.evaluation.teacher.nfe,) if method == "teacher" else (1, 2)
+                    rows += [{**label, "nfe": str(nfe), "fid": MISSING} for nfe in passes]
                     continue
                 rows += [{**label, **row} for row in _steps(found, method)]
     return rows

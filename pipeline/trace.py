@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m pipeline trace reports/table2.csv ROW`: the chain of runs, commits and digests behind a row of a table.
 
-ROW is the number of a row (the first one below the header is 1), a run id, or a method such as sCD-M.
+ROW is the number of a row (the first one below the header is 1), a run id, or a method such as sCD-M. Rows of a report that names no runs
+(settings, the toy's numbers) come from the run that wrote it.
 """
 
 import csv
@@ -12,12 +13,13 @@ from typing import Any
 from pipeline import manifest, paths, registry
 from pipeline.cli import Parser
 from pipeline.errors import PipelineError, suggestion
-from pipeline.files import read_json
+from pipeline.files import read_json, sha256_file
 from pipeline.job import Job
 from pipeline.params import PARAMS_FILE, load
 
 Cells = Mapping[str, str]
 MISSING = "missing"  # as pipeline.writing has it, which needs pandas
+PUBLISHED = Path("reports", "paper")
 MAIN_FILES = 6  # files listed for each run; all of them are in its manifest
 
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     for number in choose(rows, options.row, options.table):
         cells = rows[number - 1]
         print(f"{options.table}, row {number}: " + ", ".join(f"{key} {value}" for key, value in cells.items() if value))
-        runs = (cells.get("run") or cells.get("runs") or "").split()  # several of repeated trainings, and of a claim
+        runs = runs_of(options.table, cells, made)
         if not runs:
             print(f"  {unmade(options.table, cells)}; nothing here was run for it")
         for run in runs:
@@ -63,9 +65,24 @@ def read_table(file: Path) -> list[dict[str, str]]:
     return [{key: value or "" for key, value in row.items() if key} for row in rows]
 
 
+def runs_of(table: Path, cells: Cells, made: Mapping[str, tuple[Job, dict[str, Any]]]) -> list[str]:
+    """The runs behind a row: those that it names (several of repeated trainings, and of a claim), or the one that wrote the file."""
+    if "run" in cells or "runs" in cells:
+        return (cells.get("run") or cells.get("runs") or "").split()
+    if table.resolve().parent == paths.root() / PUBLISHED:
+        return []
+    digest = sha256_file(table)
+    for run, (job, entry) in made.items():
+        if job.is_report and entry["files"].get(table.name, {}).get("sha256") == digest:
+            return [run]
+    raise PipelineError(
+        f"{table}: has no column run or runs, and no run here has written it; give a table in reports/, or make it again"
+    )
+
+
 def choose(rows: Sequence[Cells], word: str, file: Path) -> list[int]:
     """The numbers (from 1) of the rows that ROW means."""
-    if word.isdigit():
+    if word.isdecimal():
         if not 1 <= int(word) <= len(rows):
             raise PipelineError(f"{file}: there is no row {word}; it has rows 1 to {len(rows)}")
         return [int(word)]
@@ -83,15 +100,17 @@ def choose(rows: Sequence[Cells], word: str, file: Path) -> list[int]:
 
 
 def unmade(table: Path, cells: Cells) -> str:
-    """Why a row has no run: it was published, or not run, or counted from the parameters."""
+    """Why a row has no run: it was published, or not run, or stands in the parameters, or was counted from them."""
     if MISSING in cells.values():
         return f"{MISSING}: not run at this scale"
+    if cells.get("section", "").startswith("Ours"):
+        return "a setting of params.yaml, not a run"
     return "a count, not a run" if "verdict" in cells else f"a published number: {citation(table, cells)}"
 
 
 def citation(table: Path, cells: Cells) -> str:
     """Where a published number comes from: the citation in reports/paper/, which has the table's rows."""
-    published = paths.root() / "reports" / "paper" / table.name
+    published = paths.root() / PUBLISHED / table.name
     if published.exists():
         for row in read_table(published):
             same = all(row.get(key) == cells.get(key) for key in ("section", "method", "nfe") if key in row)

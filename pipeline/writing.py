@@ -5,8 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from pipeline.context import Context
 
 MISSING = "missing"  # a run that the scale has not: never a zero, never a blank
 _LATEX = {
@@ -37,6 +41,20 @@ def text_table(rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> pd.
     return pd.DataFrame(
         [{name: row.get(name, "") for name in columns} for row in rows], columns=list(columns), dtype=str
     )
+
+
+def publish_table(
+    ctx: Context,
+    name: str,
+    table: pd.DataFrame,
+    title: str,
+    notes: Sequence[str] = (),
+    shown: pd.DataFrame | None = None,
+) -> None:
+    """`write_table` into a job's outputs and its artifacts; the scale's note, if it has one, stands before all others."""
+    noted = [f"*{ctx.note}.*", *notes] if ctx.note else notes
+    for file in write_table(ctx.out, name, table, title, noted, shown):
+        ctx.tracker.log_artifact(file)
 
 
 def write_table(

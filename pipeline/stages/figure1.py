@@ -3,6 +3,7 @@
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from pipeline import measured, paths, style
 from pipeline.context import Context
@@ -35,7 +36,7 @@ def run(ctx: Context) -> None:
             xscale="log", yscale="log", xlabel="effective sampling compute (billion parameters × NFE)", ylabel="FID"
         )
         style.plain(axis)
-        axis.xaxis.set_minor_formatter(style.NOTHING)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     style.save(ctx, figure, "figure1")
 

@@ -21,7 +21,8 @@ def run(ctx: Context) -> None:
     table.to_csv(ctx.out / "figure5.csv", index=False, float_format="%.6g")
     ctx.tracker.log_artifact(ctx.out / "figure5.csv")
     figure, grid = style.panels(len(sizes), 3, height=2.5)
-    bars = f"seeds: {table.seeds.max() if len(table) else 0}; bars: standard errors of the mean"
+    counts = " or ".join(str(count) for count in sorted(set(table.seeds))) or "0"
+    bars = f"seeds: {counts}; bars: standard errors of the mean"
     figure.suptitle(
         f"{style.face(ctx, slot)}, {style.space(points)}\n{style.steps_label(STEPS)}, FID at the selected guidance; {bars}"
     )

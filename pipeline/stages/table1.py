@@ -5,7 +5,7 @@ from pipeline import measured, paths
 from pipeline.context import Context
 from pipeline.shown import ITEMS
 from pipeline.tables import SECTIONS, how_note, measured_note, our_rows, table1
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -14,5 +14,4 @@ def run(ctx: Context) -> None:
     ours = our_rows(measured.read(ctx.inputs), item.slots, ctx.scale, ctx.job.scale, tuple(SECTIONS))
     here = item.here(ctx.params)
     notes = [measured_note(ctx.params, here), *dict.fromkeys(how_note(ctx.scale.slots[slot]) for slot in here)]
-    for file in write_table(ctx.out, "table1", table1(paths.root(), ours), "Table 1", notes):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "table1", table1(paths.root(), ours), "Table 1", notes)

@@ -5,7 +5,7 @@ from pipeline import measured, paths
 from pipeline.context import Context
 from pipeline.shown import LATENT
 from pipeline.tables import SECTIONS, floor_note, how_note, measured_note, our_rows, table2
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -16,5 +16,4 @@ def run(ctx: Context) -> None:
         how_note(ctx.scale.slots[LATENT]),
         floor_note(ctx.inputs["reconstruction"]),
     ]
-    for file in write_table(ctx.out, "table2", table2(paths.root(), ours), "Table 2", notes):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "table2", table2(paths.root(), ours), "Table 2", notes)

@@ -5,12 +5,11 @@ from pipeline import paths
 from pipeline.context import Context
 from pipeline.settings_tables import settings_note, settings_table
 from pipeline.shown import COND
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
     """Write table3.csv, table3.md and table3.tex."""
     slot = ctx.scale.slots[COND]
     table = settings_table(paths.root(), "table3", slot, ctx.job.scale)
-    for file in write_table(ctx.out, "table3", table, "Table 3", [settings_note(slot, ctx.job.scale)]):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "table3", table, "Table 3", [settings_note(slot, ctx.job.scale)])

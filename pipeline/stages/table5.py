@@ -6,7 +6,7 @@ from pipeline.context import Context
 from pipeline.quantities import by_size, quantities
 from pipeline.shown import LATENT
 from pipeline.tables import how_note, measured_note
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -14,5 +14,4 @@ def run(ctx: Context) -> None:
     points = measured.read(ctx.inputs)
     table = quantities(paths.root(), "table5", LATENT, points, ctx.scale, ctx.job.scale)
     notes = [measured_note(ctx.params, [LATENT]), how_note(ctx.scale.slots[LATENT])]
-    for file in write_table(ctx.out, "table5", table, "Table 5", notes, shown=by_size(table)):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "table5", table, "Table 5", notes, shown=by_size(table))

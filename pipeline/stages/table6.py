@@ -5,7 +5,7 @@ from pipeline import measured, paths
 from pipeline.context import Context
 from pipeline.shown import LATENT
 from pipeline.tables import how_note, measured_note, table6
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -13,5 +13,4 @@ def run(ctx: Context) -> None:
     slot = ctx.scale.slots[LATENT]
     table = table6(paths.root(), measured.read(ctx.inputs), slot, LATENT, ctx.job.scale)
     notes = [measured_note(ctx.params, [LATENT]), how_note(slot)]
-    for file in write_table(ctx.out, "table6", table, "Table 6", notes):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "table6", table, "Table 6", notes)

@@ -6,7 +6,7 @@ from pipeline.context import Context
 from pipeline.quantities import by_size, quantities
 from pipeline.shown import COND
 from pipeline.tables import how_note, measured_note
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -14,5 +14,4 @@ def run(ctx: Context) -> None:
     points = measured.read(ctx.inputs)
     table = quantities(paths.root(), "table7", COND, points, ctx.scale, ctx.job.scale)
     notes = [measured_note(ctx.params, [COND]), how_note(ctx.scale.slots[COND])]
-    for file in write_table(ctx.out, "table7", table, "Table 7", notes, shown=by_size(table)):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "table7", table, "Table 7", notes, shown=by_size(table))

@@ -5,7 +5,7 @@ from pipeline import measured, paths
 from pipeline.context import Context
 from pipeline.shown import UNCOND
 from pipeline.tables import how_note, measured_note, table_e3
-from pipeline.writing import write_table
+from pipeline.writing import publish_table
 
 
 def run(ctx: Context) -> None:
@@ -13,5 +13,4 @@ def run(ctx: Context) -> None:
     slot = ctx.scale.slots[UNCOND]
     table = table_e3(paths.root(), measured.read(ctx.inputs), slot, ctx.job.scale)
     notes = [measured_note(ctx.params, [UNCOND]), how_note(slot), "With 1 step."]
-    for file in write_table(ctx.out, "tableE3", table, "Table E3", notes):
-        ctx.tracker.log_artifact(file)
+    publish_table(ctx, "tableE3", table, "Table E3", notes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's headline claims as reports/claims.csv has them: id, statement, paper, ours, standard_error, rule, verdict, why, runs."""
+"""The paper's headline claims as reports/claims.csv has them (`pipeline.claims.COLUMNS`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.webpage.tables import Link, read_rows, run_links
+from pipeline.cells import read_rows
+from pipeline.webpage.tables import Link, run_links
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
 MARKS = {HOLDS: "✓", FAILS: "✗", OPEN: "?"}
@@ -26,6 +27,8 @@ class Claim:
     verdict: str
     """In the report's words."""
     why: str
+    data: str
+    """What it was measured on, and in which features; empty for a count."""
     runs: Sequence[Link]
 
     @property
@@ -48,12 +51,13 @@ def read_claims(file: Path, known: Mapping[str, str]) -> list[Claim]:
         Claim(
             row.get("id", ""),
             row.get("statement", ""),
-            row.get("paper") or row.get("paper_value", ""),
+            row.get("paper", ""),
             row.get("ours", ""),
-            row.get("standard_error") or row.get("se", ""),
+            row.get("standard_error", ""),
             row.get("rule", ""),
             row.get("verdict", ""),
             row.get("why", ""),
+            ", in ".join(filter(None, (row.get("dataset", ""), row.get("features", "")))),
             run_links(row, known),
         )
         for row in read_rows(file)

@@ -18,10 +18,10 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline import paths
+from pipeline.cells import read_rows
 from pipeline.sweep import REPORT, mean_of
 from pipeline.webpage.charts import STYLES, Axis, Series, line_chart
 from pipeline.webpage.runs import Run
-from pipeline.webpage.tables import read_rows
 
 SCALARS = {"loss": "loss", "tangent_norm": "tangent norm", "grad_norm": "gradient norm"}
 LOGARITHMIC = ("tangent_norm", "grad_norm")

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline import plan, registry, webpage
+from pipeline.cells import read_rows
 from pipeline.errors import PipelineError
 from pipeline.files import sha256_file
 from pipeline.job import Job
@@ -76,6 +77,7 @@ def render(job: Job, params: Params, inputs: Mapping[str, Path], input_runs: Map
     shown = {table.name for table in shown_tables} | {figure.name for figure in figures}
     page = {
         "scale": job.scale,
+        "scale_note": params.note_of(job.scale),
         "slots": params.scales[job.scale].slots,
         "claims": judged,
         "verdicts": claims.summary(judged or []),
@@ -164,7 +166,7 @@ def _figures(files: Mapping[str, Path], titles: Mapping[str, str], known: Mappin
         label = ITEMS.get(name, name)
         # A stage that draws several figures names them all; here each has its own number.
         title = f"{label}: {title.partition(': ')[2] or title}" if title else label
-        rows = tables.read_rows(files[f"{name}.csv"]) if f"{name}.csv" in files else []
+        rows = read_rows(files[f"{name}.csv"]) if f"{name}.csv" in files else []
         data = tables.as_table(f"{name}-data", rows[:DATA_ROWS], known, f"Numbers of {label}", []) if rows else None
         alt = f"{title}. " + ("The numbers are in the table below it." if data else "Pictures of samples.")
         drawn = pictures.picture(files[f"{name}.png"], pictures.FIGURE_BYTES)

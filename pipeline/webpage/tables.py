@@ -7,14 +7,14 @@ A row that names runs (column `run` or `runs`, ids separated by spaces) is ours:
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from markupsafe import Markup
 
-from pipeline.webpage.markup import anchor, inline
+from pipeline.cells import read_rows
+from pipeline.webpage.markup import inline
 
 ERROR = "_se"
 RUNS = ("run", "runs")
@@ -90,12 +90,6 @@ class Table:
     def folded(self) -> bool:
         """Whether the published rows are folded away at first: many, beside ours."""
         return self.published > FOLDED and any(section.ours for section in self.sections)
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, all text."""
-    with file.open(newline="", encoding="utf-8") as f:
-        return [{key: value or "" for key, value in row.items() if key} for row in csv.DictReader(f)]
 
 
 def read_table(name: str, file: Path, markdown: Path | None, title: str, known: Mapping[str, str]) -> Table:
@@ -209,8 +203,3 @@ def read_notes(file: Path) -> tuple[str, list[Markup]]:
         elif line.strip():
             notes.append(inline(line.strip()))
     return heading, notes
-
-
-def anchors(ids: Sequence[str]) -> dict[str, str]:
-    """Run ids and where they are on the page."""
-    return {run: anchor("run", run) for run in ids}

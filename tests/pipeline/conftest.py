@@ -40,7 +40,8 @@ def load(path=PARAMS_FILE, scale=None):
     scales = {name: Section(value, slots={}, hardware=None) for name, value in data["scales"].items()}
     resume = types.SimpleNamespace(**{"allow_changes": False, **data.get("resume", {})})
     scale = scale or data["scale"]
-    return types.SimpleNamespace(scale=scale, scales=scales, active=scales[scale], resume=resume)
+    note_of = lambda name: f"Scale {name}: of fakes"
+    return types.SimpleNamespace(scale=scale, scales=scales, active=scales[scale], resume=resume, note_of=note_of)
 """
 
 FAKE_REGISTRY = """

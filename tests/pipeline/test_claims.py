@@ -85,7 +85,21 @@ def test_without_any_run_nothing_is_decided_but_what_is_counted(demo: Params) ->
         c.ours == "missing" and c.why and not c.runs for name, c in judgements.items() if name != "iteration_cost"
     )
     assert judgements["iteration_cost"].ours == "2.000"  # sCD with guidance: 6 passes to the teacher's 3
-    assert list(table(judgements.values(), "demo", "toy").columns) == COLUMNS
+    assert list(table(judgements.values(), "demo", evidence(demo).points).columns) == COLUMNS
+
+
+def test_a_claim_names_the_data_and_features_of_its_own_runs(demo: Params) -> None:
+    rows = [
+        row(LATENT, "M", "teacher", fid=1.0, steps=18, nfe=70),
+        row(LATENT, "M", "scd", fid=1.0, steps=2),
+        row("pixel_uncond", "S", "sct_3000", fid=1.0, dataset="others", features="others (4-d)"),
+        row("pixel_uncond", "S", "ect_3000", fid=1.5, dataset="others", features="others (4-d)"),
+    ]
+    seen = evidence(demo, *rows)
+    shown = table(claims(seen), "demo", seen.points).set_index("id")
+    assert list(shown.loc["two_step_gap_M", ["dataset", "features"]]) == ["toy", "toy (8-d)"]
+    assert list(shown.loc["sct_against_ect", ["dataset", "features"]]) == ["others", "others (4-d)"]
+    assert list(shown.loc["iteration_cost", ["dataset", "features"]]) == ["", ""]
 
 
 def test_a_scale_without_latents_has_claims_too() -> None:
@@ -105,6 +119,7 @@ def test_the_two_step_gap_is_the_ratio_with_both_errors(demo: Params, fid: float
     error = fid * ((0.02 / fid) ** 2 + 0.01**2) ** 0.5
     assert float(gap.standard_error) == pytest.approx(error, abs=5e-4)
     assert gap.runs == "run-M-scd run-M-teacher"
+    assert gap.why.endswith("trainings: 1") or verdict == OPEN  # whose why goes on with the margin
     assert gap.paper.endswith("1.087 (XXL)")  # 1.88 / 1.73
     assert found(seen, "two_step_gap_S").verdict == OPEN
 
@@ -157,16 +172,45 @@ def test_ablations_compare_trainings_by_their_spread(demo: Params) -> None:
     assert len(far.runs.split()) == 6
     near = found(evidence(demo, *base, *trainings("scd_raw", 1.05, 1.15, 1.25)), "normalised_against_raw")
     assert near.verdict == OPEN
+    assert "trainings: 3" in far.why
     discrete = [*trainings("dscd_16", 3.0), *trainings("dscd_1024", 1.5)]
     assert found(evidence(demo, *base, *discrete), "discrete_improves").verdict == HOLDS
     assert found(evidence(demo, *base, *discrete), "continuous_against_discrete").verdict == HOLDS
+
+
+@pytest.mark.parametrize(("clipped", "verdict"), [(1.0, HOLDS), (0.9, OPEN), (0.8, FAILS)])
+def test_not_worse_is_shown_against_what_counts_as_worse(demo: Params, clipped: float, verdict: str) -> None:
+    """Equally good is not worse, though the difference is nothing; one that is a quarter better is."""
+    seen = evidence(demo, row(LATENT, "S", "scd_norm", fid=1.0), row(LATENT, "S", "scd_clip", fid=clipped))
+    result = found(seen, "normalised_against_clipped")
+    assert (result.verdict, result.ours) == (verdict, f"{1 / clipped:.3f}")
+
+
+def test_recall_that_is_not_there_cannot_be_kept(demo: Params) -> None:
+    """A loss of less than 0.05 of a recall of 0.02 says nothing."""
+
+    def kept(teacher: float, student: float) -> Claim:
+        rows = [*sweep("teacher", "recall", {1.0: teacher}, steps=18), *sweep("scd", "recall", {1.0: student}, steps=2)]
+        return found(evidence(demo, *rows), "scd_keeps_recall")
+
+    assert (kept(0.5, 0.49).verdict, kept(0.5, 0.4).verdict) == (HOLDS, FAILS)
+    nothing = kept(0.02, 0.02)
+    assert (nothing.verdict, nothing.ours) == (OPEN, "0.000")
+    assert "its teacher's recall is 0.020" in nothing.why
+
+
+def test_the_papers_own_sizes_are_judged_by_the_number_that_ours_is(demo: Params) -> None:
+    """Largest over smallest ratio of Table 2, less one: 2.26 / 2.00 over 1.93 / 1.80."""
+    seen = evidence(demo)
+    expected = (2.26 / 2.00) / (1.93 / 1.80) - 1
+    assert found(seen, "constant_ratio").paper == f"{expected:.3f} (1.072 to 1.130)"
 
 
 def test_ect_and_sct_are_compared_after_the_longest_training_of_both(demo: Params) -> None:
     fids = {"ect_750": 1.0, "sct_750": 2.0, "ect_3000": 0.9, "sct_3000": 0.5}
     rows = [row("pixel_uncond", "S", name, fid=fid) for name, fid in fids.items()]
     result = found(evidence(demo, *rows), "sct_against_ect")
-    assert (result.verdict, result.ours, result.paper) == (HOLDS, "-0.400", "-0.51 (3.09 − 3.6)")
+    assert (result.verdict, result.ours, result.paper) == (HOLDS, "-0.400", "-0.51 (3.09 − 3.60)")
     assert result.why.startswith("3000 iterations")
 
 
@@ -198,6 +242,34 @@ def test_convergence_is_the_first_point_near_the_last(demo: Params) -> None:
     assert float(result.ours) == pytest.approx(expected, abs=5e-4)
     assert result.verdict == FAILS
     assert "iteration 6000" in result.why
+
+
+@pytest.mark.parametrize(
+    ("fids", "verdict", "iteration"),
+    [
+        (
+            [1.0, 1.0],
+            OPEN,
+            500,
+        ),  # near at the first one that was measured, whose cost is half the teacher's: perhaps before
+        ([3.0, 1.0, 1.0], FAILS, 1000),  # not at half of it
+        ([3.0, 1.0, 3.0, 1.0, 1.0], FAILS, 6000),  # where it comes to stay, not where it passes by
+        ([1.0], OPEN, 9000),
+    ],
+)
+def test_what_was_not_measured_decides_no_convergence(
+    demo: Params, fids: list[float], verdict: str, iteration: int
+) -> None:
+    slot = demo.active.slots[LATENT]
+    assert slot.student_for("S", "scd").iterations == 9000
+    seen = curve_of(demo, fids) if len(fids) > 1 else evidence(demo, row(LATENT, "S", "scd", fid=1.0))
+    result = found(seen, "training_compute")
+    student, teacher = slot.student_for("S", "scd"), slot.teacher_for("S")
+    assert float(result.ours) == pytest.approx(
+        iteration * student.batch * 6 / (teacher.iterations * teacher.batch * 3), abs=5e-4
+    )
+    assert result.verdict == verdict
+    assert ("nothing was measured between 0.000 and that" in result.why) == (verdict == OPEN)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.committed import measured_on
+from pipeline.params import load
 
 # A table of two numbers, one of which grows by a standard error for each step of `value`; the first row is published.
 REPORT = """
@@ -77,7 +81,9 @@ def test_an_unchanged_run_agrees_digit_by_digit(made: Any) -> None:
     entry = next(entry for entry in index["numbers"] if entry["row"] == {"method": "ours"})
     run = json.loads((made.root / "runs/tiny/second/manifest.json").read_text())["run"]
     assert (entry["value"], entry["se"], entry["seed"], entry["run"]) == (2.0, 1.0, "7", run)
-    assert "| second | 2-step | 0.500 ± 0.100 |" in (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text()
+    assert "| second | 2-step | 0.500 ± 0.100 |" in page
+    assert page.startswith("# Results of scale tiny\n\n**Scale tiny: of fakes.**\n")
     same = results(made, "check")
     assert (same.returncode, same.stderr) == (0, "")
     assert (
@@ -85,6 +91,14 @@ def test_an_unchanged_run_agrees_digit_by_digit(made: Any) -> None:
         in same.stdout
     )
     assert same.stdout.endswith("the results agree\n")
+
+
+def test_the_page_says_what_was_measured_on_what() -> None:
+    """A FID in the features of a small classifier is not one in Inception's."""
+    root = Path(__file__).resolve().parents[2]
+    smoke, paper = (measured_on(load(root / "params.yaml", scale)) for scale in ("smoke", "paper"))
+    assert smoke[0] == "latent_guided: mnist5k, 32 × 32, FID in the features of a small classifier, not in Inception's"
+    assert "pixel_uncond: cifar10, 32 × 32, FID in Inception's features" in paper
 
 
 def test_what_lies_within_the_errors_agrees_and_what_does_not_is_named(made: Any) -> None:
@@ -127,6 +141,27 @@ def test_what_is_missing_is_named(made: Any) -> None:
     assert gone.stdout.endswith("0 beyond, 2 missing\n")
 
 
+def test_a_claim_that_is_judged_otherwise_is_told(made: Any) -> None:
+    """A verdict has no error: the number behind it decides whether the results agree."""
+    claims = """
+def run(ctx):
+    verdict = "holds" if ctx.scale.value < 3 else "does not hold"
+    run = ctx.input_runs["second"]
+    rows = [f"gap,{ctx.scale.value},10.0,{verdict},{run}", f"other,5.0,1.0,holds,{run}"]
+    (ctx.out / "table.csv").write_text("\\n".join(["id,ours,standard_error,verdict,runs", *rows]) + "\\n")
+    (ctx.out / "table.md").write_text("claims")
+"""
+    (made.root / "pipeline/stages/report.py").write_text(claims)
+    make(made, 1)
+    assert results(made, "collect").returncode == 0
+    assert "another verdict" not in results(made, "check").stdout
+    make(made, 3)
+    done = results(made, "check")
+    assert done.returncode == 0, done.stdout
+    said = "claims with another verdict, which is told and not judged:\n  table.csv: gap: holds committed, does not hold here\n"
+    assert said in done.stdout
+
+
 def test_only_what_is_done_is_collected(made: Any) -> None:
     (made.root / "reports/table.md").write_text("by hand")
     refused = results(made, "collect")
@@ -151,13 +186,21 @@ def test_faults_in_one_sentence(made: Any) -> None:
     remedy = "write it with: python -m pipeline results collect --scale tiny\n"
     nothing = f"error: results/tiny/results.json: nothing is committed for scale tiny; {remedy}"
     assert results(made, "check").stderr == nothing
-    assert results(made, "check", "--sigmas", "0").stderr == "error: results check: --sigmas 0: must be > 0\n"
+    assert (
+        results(made, "check", "--sigmas", "0").stderr == "error: results check: --sigmas 0: must be > 0 and finite\n"
+    )
+    assert (
+        "results collect: --sigmas: is an option of `results check`" in results(made, "collect", "--sigmas", "2").stderr
+    )
+    assert "results check: --partial: is an option of `results collect`" in results(made, "check", "--partial").stderr
     assert results(made, "collect").returncode == 0
     file = made.root / "results/tiny/results.json"
     text = file.read_text()
     for damaged, words in (
         (text.replace('"column"', '"colum"'), "damaged (KeyError('column'))"),
         (text.replace('"format": 1', '"format": 2'), "is not what `results collect` of this version writes"),
+        (text.replace('"machine"', '"machines"'), "damaged (KeyError('machine'))"),
+        (text.replace('"files": {', '"files": [], "others": {'), "damaged (TypeError('files is of another kind'))"),
         (text[:100], "is not what `results collect` of this version writes"),
     ):
         file.write_text(damaged)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From images to an evaluation in one process, at a resolution below the source's own; the commands `evaluate` and `compare`."""
 
+import argparse
 import json
 import os
 import shutil
@@ -480,6 +481,31 @@ def test_a_reference_that_is_not_there_is_named(made: Path, pictures: Path, para
             command.main([str(pictures)])
     finally:
         folder.with_name("away").rename(folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "option", "used"),
+    [
+        ("folder", "folder", "steps", False),
+        ("folder", "folder", "first", False),
+        ("folder", "plain", "steps", True),
+        ("folder", "plain", "guidance", False),
+        ("plain", "guided", "guidance", True),
+    ],
+)
+def test_an_option_that_neither_heeds_is_refused(first: str, second: str, option: str, used: bool) -> None:
+    """`compare a b --guidance 1.5` of two unguided models would compare something else than was asked for."""
+
+    def target(kind: str) -> Any:
+        return SimpleNamespace(subject=SimpleNamespace(is_folder=kind == "folder", guidable=kind == "guided"))
+
+    given = dict.fromkeys(("guidance", "steps", "first")) | {option: 1}
+    options = argparse.Namespace(a="a", b="b", **given)
+    if used:
+        compare.require_a_use([target(first), target(second)], options)
+        return
+    with pytest.raises(PipelineError, match=f"^--{option}: means nothing to a and b; leave it out$"):
+        compare.require_a_use([target(first), target(second)], options)
 
 
 def test_numbers_of_two_references_are_not_compared() -> None:

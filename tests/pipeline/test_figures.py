@@ -6,19 +6,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from pipeline import style
 from pipeline.pictures import grid
 from pipeline.ranks import Silent
 
 
-def context(folder: Path) -> Any:
+def context(folder: Path, note: str = "") -> Any:
     folder.mkdir()
-    return types.SimpleNamespace(out=folder, tracker=Silent(), job=types.SimpleNamespace(scale="toy"))
+    return types.SimpleNamespace(out=folder, tracker=Silent(), job=types.SimpleNamespace(scale="toy"), note=note)
 
 
 def test_a_figure_is_the_same_file_whenever_it_is_drawn(tmp_path: Path) -> None:
@@ -33,6 +35,29 @@ def test_a_figure_is_the_same_file_whenever_it_is_drawn(tmp_path: Path) -> None:
     assert contents[0][0].startswith(b"\x89PNG")
     assert contents[0][1].startswith(b"%PDF")
     assert b"/CreationDate" not in contents[0][1]
+
+
+@pytest.mark.parametrize("kind", ["panels", "grid"])
+def test_a_scales_note_stands_below_a_figure_that_stays_as_it_is(tmp_path: Path, kind: str) -> None:
+    """With and without a layout engine: the same pixels, and a strip below them with the words, all of which fit, be they wide."""
+    drawn = {}
+    for note in ("", "m" * 120):
+        if kind == "grid":
+            figure = grid([("one", torch.zeros(4, 1, 8, 8, dtype=torch.uint8))], list("abcd"), "a title")
+        else:
+            figure, ((axis,),) = style.panels(1, 1)
+            axis.plot([1, 2], [3, 4], label="x")
+            style.legend_below(figure, [axis])
+        png, _ = style.save(context(tmp_path / f"{kind}{len(note)}", note), figure, "figure")
+        drawn[bool(note)] = np.asarray(Image.open(png).convert("L"), dtype=int)
+    plain, noted = drawn[False], drawn[True]
+    tall = len(plain)
+    assert abs(len(noted) - tall - style.FOOTER * style.DPI) <= 1
+    assert (np.abs(noted[:tall] - plain) > 128).mean() < 1e-3  # two pixels to the side would be five times as many
+    columns = np.flatnonzero((noted[tall:] < 230).any(axis=0))
+    assert columns[0] > 0
+    assert columns[-1] < noted.shape[1] - 1
+    assert len(columns) > 200
 
 
 def test_a_legend_names_what_several_panels_show_once() -> None:

@@ -154,7 +154,9 @@ def test_ctrl_c_ends_the_table_and_no_job(repo: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--interval", "0"), "error: watch: --interval 0: must be > 0; leave it out for 2"),
+        (("--interval", "0"), "error: watch: --interval 0: must be > 0 and at most 3600; leave it out for 2"),
+        (("--interval", "inf"), "error: watch: --interval inf: must be > 0 and at most 3600; leave it out for 2"),
+        (("--cores", "0"), "error: watch: --cores 0: must be at least 1; leave it out for this machine's"),
         (("--onc",), None),  # argparse completes it
         (("--twice",), "error: unrecognized arguments: --twice; see `python -m pipeline watch --help`"),
         (("--",), "error: watch: which command? Write for example: python -m pipeline watch -- snakemake all"),

@@ -156,7 +156,21 @@ def test_the_verdicts_stand_on_top_and_beside_the_claims(parsed: Page) -> None:
     assert "✓ holds: 1 ✗ does not hold: 1 ? not testable at this scale: 1" in text
     kinds = [a["class"] for a in parsed.all("article") if a.get("class", "").startswith("claim")]
     assert kinds == ["claim holds", "claim fails", "claim open"]
+    assert text.count("On mnist5k, in toy (8-d)") == 3
     assert "± 0.02" in text
+
+
+def test_the_scales_note_stands_before_the_verdicts(made: Made, parsed: Page) -> None:
+    """What smoke finds means nothing, and its page says so before anything else; another scale's has no such words."""
+    note = made.params.note_of("smoke")
+    assert note.endswith("its results mean nothing")
+    text = parsed.text()
+    assert text.index(f"{note}.") < text.index("holds: 1")
+    assert text.count(f"{note}.") >= 2
+    data = read_yaml(ROOT / "params.yaml")
+    del data["scales"]["smoke"]["note"]
+    silent = rendering.render(made.page, validate(data).with_scale("smoke"), made.inputs(), made.runs())
+    assert '<p class="warning">' not in silent
 
 
 def test_what_comes_from_files_is_escaped(made: Made, tmp_path: Path) -> None:
@@ -346,7 +360,7 @@ def test_quantities_get_a_column_for_each_size(tmp_path: Path) -> None:
         {**base, "size": "S", "value": "3.0", "run": "a-1"},
         {**base, "size": "M", "value": "2.0", "run": "b-2 c-3"},
     ]
-    found = tables.as_table("table5", rows, tables.anchors(["a-1", "b-2"]), "Table 5", [])
+    found = tables.as_table("table5", rows, {run: f"run-{run}" for run in ("a-1", "b-2")}, "Table 5", [])
     assert found.columns == ["sampler", "quantity", "S", "M"]
     ((_, _, small, medium),) = found.sections[0].rows
     assert (small.text, small.error, small.anchor) == ("3.0", "0.1", "run-a-1")

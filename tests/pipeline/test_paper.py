@@ -163,6 +163,14 @@ def test_the_table_of_settings_used_has_the_same_cell(
         assert value(used) == value(cell)
 
 
+def test_the_companion_is_shown_with_the_rate_that_it_has() -> None:
+    """The demo's F_φ learns six times as fast as the student: 6e-3, which is not among the students' rates of VSD."""
+    slot = load(ROOT / "params.yaml", "demo").active.slots["latent_guided"]
+    rates = {student.fake_lr for name, student in slot.sizes["S"].students.items() if name == "scd_vsd"}
+    assert rates == {6e-3} != {slot.student_for("S", "scd_vsd").lr}
+    assert settings_tables.cell(slot, "S", ("sCD+VSD", "lr_max_alpha_ref_F_phi")) == "6.0e-3"
+
+
 def test_the_tables_have_the_sizes_of_the_slots_and_no_settings_are_left() -> None:
     for table, slot in TABLES.items():
         assert list(rows(table)[0]) == ["group", "setting", *PAPER.slots[slot].sizes]

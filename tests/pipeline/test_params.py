@@ -165,6 +165,10 @@ def test_an_integer_stands_for_a_float(write: Write) -> None:
     ("pattern", "replacement", "key", "words"),
     [
         (TEACHER_LR, "lr: -1", f"{SLOT}.teacher.lr", "must be greater than 0, got -1"),
+        (r"^    slots:", "    note: ''\n    slots:", "scales.demo.note", "at least 1 character"),
+        (r"^    slots:", "    note: ' '\n    slots:", "scales.demo.note", "must be one line of words, got ' '"),
+        (r"^    slots:", '    note: "a\\\\nb"\n    slots:', "scales.demo.note", "must be one line of words"),
+        (r"^    slots:", "    note: " + 81 * "x" + "\n    slots:", "scales.demo.note", "at most 80 characters"),
         (TEACHER_LR, "lr: '0.1'", f"{SLOT}.teacher.lr", "must be a number, got '0.1'"),
         (TEACHER_LR, "lr: .nan", f"{SLOT}.teacher.lr", "must be a finite number, got nan"),
         (TEACHER_LR, "lr:", f"{SLOT}.teacher.lr", "must be a number, got nothing (null)"),

@@ -272,6 +272,20 @@ def test_a_number_changes_the_settings_of_what_depends_on_it_alone(
     assert sorted(differ) == sorted(first_rerun)
 
 
+def test_a_scales_note_is_a_key_of_what_shows_it_alone(whole: Params) -> None:
+    """Another note draws tables, figures and the page again; no network, no evaluation and no table of points depends on it."""
+    data = read_yaml(ROOT / "params.yaml")
+    data["scales"]["smoke"]["note"] += ", still"
+    before, after = whole.with_scale("smoke"), validate(data).with_scale("smoke")
+    pairs = zip(registry.jobs(before), registry.jobs(after), strict=True)
+    differ = {a.name for a, b in pairs if registry.settings(a, before) != registry.settings(b, after)}
+    reports = {job.name for job in registry.jobs(before) if job.is_report}
+    assert differ == reports - {"evaluations"}
+    assert "claims" in differ
+    del data["scales"]["smoke"]["note"]
+    assert not any("note" in registry.settings(job, whole) for job in registry.jobs(validate(data), "smoke"))
+
+
 PUBLISHED = {
     "pretrained": "a/folder",
     "sha256": "0" * 64,

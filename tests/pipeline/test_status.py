@@ -187,6 +187,11 @@ def test_trace(repo: Any) -> None:
         (("reports/table.csv", "7"), "there is no row 7; it has rows 1 to 1"),
         (("reports/table.csv", "sCD-M"), "no row is called sCD-M"),
         (("reports/none.csv", "1"), "no such table"),
+        (("reports/table.csv", "²"), "no row is called ²"),
+        (
+            ("pipeline/registry.py", "1"),
+            "pipeline/registry.py: has no column run or runs, and no run here has written it",
+        ),
     ):
         bad = command(repo, "trace", *words)
         assert bad.returncode == 2
@@ -201,6 +206,24 @@ def test_trace_of_a_published_number(repo: Any) -> None:
     done = command(repo, "trace", "reports/table2.csv", "ADM-G")
     assert done.returncode == 0
     assert "a published number: Dhariwal & Nichol 2021" in done.stdout
+
+
+def test_trace_of_a_report_that_names_no_runs(repo: Any) -> None:
+    """Its numbers are ours, not published ones: they come from the run that wrote it, as it is now."""
+    (repo.root / "pipeline/stages/report.py").write_text(
+        "def run(ctx):\n    (ctx.out / 'table.csv').write_text('t,value\\n0.5,1.0\\n')\n    (ctx.out / 'table.md').write_text('x')\n"
+    )
+    for stage in ("first", "second", "report"):
+        assert repo.run(stage).code == 0
+    done = command(repo, "trace", "reports/table.csv", "1")
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"reports/table.csv, row 1: t 0.5, value 1.0\n  report-[0-9a-f]{8}\n", done.stdout)
+    assert "second: second-" in done.stdout
+    file = repo.root / "reports/table.csv"
+    file.write_text(file.read_text().replace("1.0", "2.0"))
+    other = command(repo, "trace", "reports/table.csv", "1")
+    assert other.returncode == 2
+    assert "no run here has written it" in other.stderr
 
 
 def test_doctor(repo: Any) -> None:
@@ -277,6 +300,8 @@ def test_trace_says_why_a_row_has_no_run(tmp_path: Path) -> None:
     table = tmp_path / "tableX.csv"
     assert unmade(table, {"method": "sCD-M", "fid": "missing", "run": ""}) == "missing: not run at this scale"
     assert unmade(table, {"id": "iteration_cost", "verdict": "holds", "runs": ""}) == "a count, not a run"
+    setting = {"section": "Ours, scale demo", "quantity": "t_mid", "value": "1.1", "run": ""}
+    assert unmade(table, setting) == "a setting of params.yaml, not a run"
     assert unmade(table, {"method": "EDM", "fid": "2.01", "run": ""}).startswith("a published number: Lu & Song 2024")
 
 

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +28,8 @@ from pipeline.tables import (
     table6,
     table_e3,
 )
-from pipeline.writing import MISSING, to_latex, to_markdown, write_table
+from pipeline.webpage.tables import read_notes
+from pipeline.writing import MISSING, publish_table, to_latex, to_markdown, write_table
 from tests.pipeline.plain import plain
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +193,7 @@ def test_our_rows_take_the_best_scale_and_the_teacher_also_scale_one(tmp_path: P
 def test_what_was_not_run_is_missing_and_never_a_number(tmp_path: Path, demo: Params) -> None:
     rows = our_rows(evaluations(tmp_path, MODELS), [LATENT], demo.active, "demo", tuple(SECTIONS))
     missing = {(r["method"], r["nfe"]) for r in rows if r["fid"] == MISSING}
-    assert missing == {(name, nfe) for name in ("teacher-S", "sCT-M", "sCD-S") for nfe in "12"}
+    assert missing == {("teacher-S", "35"), *((name, nfe) for name in ("sCT-M", "sCD-S") for nfe in "12")}
     assert not any("run" in r or "fid_se" in r for r in rows if r["fid"] == MISSING)
     elsewhere = our_rows(found.read({}), [UNCOND, COND], demo.active, "demo", ["scd"])
     assert [(r["fid"], r["dataset"]) for r in elsewhere] == [
@@ -371,6 +373,20 @@ def test_a_table_is_written_in_three_forms(tmp_path: Path) -> None:
     assert r"50 \% | x\_1 & 1.0 \\" in latex
     assert latex.count(r"\begin{tabular}{ll}") == 1
     assert latex.count(r"\begin{tabular}{lll}") == 1
+
+
+def test_the_note_of_a_scale_stands_before_all_others(tmp_path: Path) -> None:
+    """Where a reader looks first, in the form that the page reads, too."""
+    table, logged = pd.DataFrame({"fid": ["1.0"]}), []
+    for note, lines in (
+        ("Scale tiny: means nothing", ["*Scale tiny: means nothing.*", "", "a note"]),
+        ("", ["a note"]),
+    ):
+        ctx = types.SimpleNamespace(out=tmp_path, note=note, tracker=types.SimpleNamespace(log_artifact=logged.append))
+        publish_table(ctx, "t", table, "T", ["a note"])
+        assert (tmp_path / "t.md").read_text().splitlines()[: 2 + len(lines)] == ["# T", "", *lines]
+        assert note in str(read_notes(tmp_path / "t.md")[1][0])
+    assert [path.name for path in logged] == 2 * ["t.csv", "t.md", "t.tex"]
 
 
 def test_latex_has_no_character_that_it_would_read_otherwise() -> None:
