@@ -268,7 +268,6 @@ def check(params: Params, sigmas: float, most: int | None) -> int:
     _list("not in this run", [str(name) for name in missing], most)
     _list("not judged", [f"{n}: {old[n].text()} committed, {new[n].text()} here" for n in unjudged], most)
     _list("new, not committed", [str(name) for name in new if name not in old], most)
-    _list("claims with another verdict", _verdicts(params.scale, found), most)
     _list("reports that this run lacks", [f"{name} ({state})" for name, state in found.missing.items()], most)
     changed = [
         name

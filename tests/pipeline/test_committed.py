@@ -24,14 +24,6 @@ def run(ctx):
     (ctx.out / "table.csv").write_text("\\n".join(["method,fid,fid_se,run", *rows]) + "\\n")
     (ctx.out / "table.md").write_text(str(fid))
 """
-# A table of one claim, whose number moves by half of its standard error for each step of `value`.
-CLAIMS = """
-def run(ctx):
-    verdict = "holds" if ctx.scale.value < 2 else "does not hold"
-    row = f"gap,in words,{ctx.scale.value / 2},1.0,{verdict},{ctx.input_runs['second']}"
-    (ctx.out / "table.csv").write_text(f"id,statement,ours,standard_error,verdict,runs\\n{row}\\n")
-    (ctx.out / "table.md").write_text(verdict)
-"""
 METRICS = """
 import json
 def run(ctx):
@@ -115,17 +107,6 @@ def test_what_lies_within_the_errors_agrees_and_what_does_not_is_named(made: Any
     assert far.returncode == 1
     assert "  table.csv: ours: fid: 2 ± 1 committed, 7 ± 1 here: 3.5 standard errors\n" in far.stdout
     assert far.stdout.endswith("the results do not agree: 1 beyond, 0 missing\n")
-
-
-def test_a_claim_that_is_judged_otherwise_is_named_and_no_failure(made: Any) -> None:
-    (made.root / "pipeline/stages/report.py").write_text(CLAIMS)
-    make(made, 1)
-    assert results(made, "collect").returncode == 0
-    assert "another verdict" not in results(made, "check").stdout
-    make(made, 2)
-    done = results(made, "check")
-    assert done.returncode == 0, done.stdout
-    assert "claims with another verdict:\n  table.csv: gap: holds committed, does not hold here\n" in done.stdout
 
 
 def test_what_is_missing_is_named(made: Any) -> None:
