@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of `doctor` that looks for the files of others that a scale starts from: data, autoencoders, networks of features, teachers."""
 
-import os
 from collections.abc import Iterable, Iterator
 
 from pipeline import paths
@@ -33,7 +32,7 @@ def data(quick: bool, slots: Iterable[Slot]) -> Iterator[Check]:
             yield _published("data set cifar10", ARCHIVE, DATA_HOME, quick)
         elif source in ("imagenet", "images"):
             folder = DATA_HOME.folder / "imagenet" if source == "imagenet" else wanted[source, path].wanted().path
-            there = folder is not None and (folder.is_file() or (folder.is_dir() and any(os.scandir(folder))))
+            there = folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir())))
             remedy = (
                 f"put ILSVRC2012's training images there in one of the forms of docs/data.md, "
                 f"or name the folder above it in {DATA_HOME.variable}"
