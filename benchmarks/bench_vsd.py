@@ -106,7 +106,7 @@ def run(demo: Demo, case: Case, seed: int) -> dict[str, Any]:
     return {"seconds": round(seconds), "points": points, "log": log}
 
 
-def page(report: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any]) -> str:
     """The results as tables."""
     lines = ["# Variational score distillation at the demo's scale", "", "`python benchmarks/bench_vsd.py`.", ""]
     for size, cases in report.items():
@@ -154,9 +154,9 @@ def main() -> None:
             found[name] = signal(demo)
         for seed in chosen.seeds if name != "signal" else ():
             found.setdefault(name, {})[str(seed)] = run(demo, CASES[name], seed)
-            write(report, path, page)
-    write(report, path, page)
-    print(page(report))
+            write(report, path, markdown)
+    write(report, path, markdown)
+    print(markdown(report))
 
 
 if __name__ == "__main__":

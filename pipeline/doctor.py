@@ -24,6 +24,7 @@ NEEDED_GB = 2.0  # what the demo writes, with room for checkpoints
 IMPORT_NAMES = {
     "pillow": "PIL",
     "PyYAML": "yaml",
+    "ruamel-yaml-clib": "_ruamel_yaml",
     "scikit-learn": "sklearn",
     "torch-fidelity": "torch_fidelity",
 }

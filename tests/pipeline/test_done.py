@@ -73,7 +73,10 @@ def test_sync_reads_every_file_before_it_tells_the_engines(repo: Any) -> None:
     (repo.root / "dvc.yaml").write_text("stages: {first: {}, second: {}, report: {}}\n")
     told = sync(repo)
     assert (told.code, told.err) == (0, "")
-    assert "dvc commit --force --quiet first second report" in told.out
+    assert "dvc commit --force --quiet\n" in told.out, "all that dvc.yaml has is done"
+    (repo.root / "dvc.yaml").write_text("stages: {first: {}, second: {}, report: {}, steps: {}}\n")
+    told = sync(repo)
+    assert "dvc commit --force --quiet first second report\n" in told.out
     assert "snakemake runs/tiny/first runs/tiny/second reports/table.csv reports/table.md --touch" in told.out
     assert "scale tiny: 3 jobs known to Snakemake and DVC" in told.out
     assert "6 are left to do, first steps (to do)" in told.out

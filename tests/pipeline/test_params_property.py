@@ -78,7 +78,7 @@ def check_sentence(text: str) -> None:
 def check(params: Params) -> None:
     """What loads is complete: every job can be expanded, priced and described."""
     for job in registry.jobs(params):
-        assert registry.settings(job, params).keys() or job.stage in ("reference", "evaluations")
+        assert registry.settings(job, params).keys() or job.stage in ("reference", "evaluations", "report")
         assert job.resources.seconds > 0
 
 

@@ -40,8 +40,10 @@ class Trainings:
         slot = {key: value for key, value in smoke.items() if key not in ("vae", "figure2")}
         slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}
         slot["teacher"] |= {"iterations": ITERATIONS, "checkpoint_every": EVERY, "sample_every": ITERATIONS}
+        slot["students"] = {"scd": slot["students"]["scd"]}
         for name, engine in SCALES.items():
-            sizes = {"S": {**slot["sizes"]["S"], "engine": engine}}
+            size = {key: slot["sizes"]["S"][key] for key in ("network", "teacher")}
+            sizes = {"S": {**size, "students": {"scd": {}}, "engine": engine}}
             params["scales"][name] = {"seed": 0, "slots": {"pixel_cond": {**slot, "sizes": sizes}}}
         (path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
