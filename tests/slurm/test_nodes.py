@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.pipeline.plain import plain
+
 pytestmark = pytest.mark.slow
 
 JOB = "teacher-pixel_cond-S"
@@ -35,15 +37,13 @@ class Trainings:
 
     def __init__(self, path: Path, env: dict[str, str]) -> None:
         self.path, self.env = path, env
-        params = yaml.safe_load((path / "params.yaml").read_text())
+        params = plain()
         smoke = params["scales"]["smoke"]["slots"]["latent_guided"]
         slot = {key: value for key, value in smoke.items() if key not in ("vae", "figure2")}
         slot["dataset"] = {"source": "digits", "resolution": 8, "channels": 1, "labels": 10}
         slot["teacher"] |= {"iterations": ITERATIONS, "checkpoint_every": EVERY, "sample_every": ITERATIONS}
-        slot["students"] = {"scd": slot["students"]["scd"]}
         for name, engine in SCALES.items():
-            size = {key: slot["sizes"]["S"][key] for key in ("network", "teacher")}
-            sizes = {"S": {**size, "students": {"scd": {}}, "engine": engine}}
+            sizes = {"S": {**slot["sizes"]["S"], "engine": engine}}
             params["scales"][name] = {"seed": 0, "slots": {"pixel_cond": {**slot, "sizes": sizes}}}
         (path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
