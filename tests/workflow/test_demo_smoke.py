@@ -327,7 +327,8 @@ def test_an_input_made_again_by_hand_and_sync_leave_the_engines_nothing_to_do_be
     told = runs.dvc.run("python", "-m", "pipeline", "sync")
     assert "2 are left to do, first figure2 (to do)" in told  # and the page, which shows it
     assert set(re.findall(r"^rule (\w+):", runs.dvc.run(*plan), re.MULTILINE)) == {"figure2", "report", "all"}
-    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry"))[0] == "figure2"
+    # Without a target, DVC's rehearsal ends at the page: it has not made the figure that the page shows.
+    assert re.findall(r"Running stage '(.*)'", runs.dvc.run("dvc", "repro", "--dry", "figure2")) == ["figure2"]
     assert runs.dvc.files(Path("runs/smoke/latent_guided")) == before
 
 
