@@ -48,7 +48,8 @@ def test_waiting_is_cheap_and_cancelling_stops_the_job(repo: Any) -> None:
     loaded = Path(f"/proc/{waiter.pid}/maps").read_text()
     waiter.send_signal(signal.SIGINT)
     out, err = waiter.communicate(timeout=20)
-    assert used <= 36, f"the waiting process needs {used:.1f} MB"  # resident, libraries that all share among them; 40 is promised
+    # Resident, with the libraries that all of them share; 40 is promised.
+    assert used <= 36, f"the waiting process needs {used:.1f} MB"
     assert "libtorch" not in loaded
     assert "numpy" not in loaded
     assert waiter.returncode == 130
