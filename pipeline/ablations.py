@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.claims import FIGURE, Absent, Claim, Evidence, Found, claim, difference, joined_runs, needed, trainings
+from pipeline import measured
+from pipeline.claims import FIGURE, Absent, Claim, Evidence, Found, claim, difference, needed, trainings
 from pipeline.overrides import base_of
-from pipeline.params import Slot
 from pipeline.scaling import ratio
 from pipeline.shown import LATENT, UNCOND, discrete, figure5_baseline, figure5_students
 from pipeline.tables import published
@@ -26,14 +26,14 @@ def ablations(seen: Evidence) -> Iterator[Claim]:
         "normalised tangents are not worse than clipped ones",
         FIGURE,
         f"FID of normalised / FID of clipped < {1 + WORSE:g} (ours)",
-        lambda: not_worse(seen, slot, size, base, "scd_clip"),
+        lambda: not_worse(seen, size, base, "scd_clip"),
     )
     for id_, method, words in (
         ("normalised_against_raw", "scd_raw", "normalised tangents are better than raw ones"),
         ("adaptive_weighting", "scd_unweighted", "adaptive weighting makes training better"),
     ):
         rule = "FID of the variant − FID of the baseline > 0"
-        yield claim(id_, words, FIGURE, rule, lambda method=method: _against(seen, slot, size, method, base))  # type: ignore[misc]
+        yield claim(id_, words, FIGURE, rule, lambda method=method: _against(seen, size, method, base))  # type: ignore[misc]
     numbers = discrete(slot, size) if slot and size else []
     first, last = (numbers[0], numbers[-1]) if len(numbers) > 1 else ("dscd of several N", "dscd of several N")
     yield claim(
@@ -41,14 +41,14 @@ def ablations(seen: Evidence) -> Iterator[Claim]:
         f"discrete-time sCD improves with the number of intervals N: {first} against {last}",
         FIGURE,
         "FID of the smallest N − FID of the largest N > 0",
-        lambda: _against(seen, slot, size, first, last),
+        lambda: _against(seen, size, first, last),
     )
     yield claim(
         "continuous_against_discrete",
         f"continuous time is better than discrete time: {base} against {last}",
         FIGURE,
         "FID of discrete time − FID of continuous time > 0",
-        lambda: _against(seen, slot, size, last, base),
+        lambda: _against(seen, size, last, base),
     )
     yield claim(
         "sct_against_ect",
@@ -59,21 +59,21 @@ def ablations(seen: Evidence) -> Iterator[Claim]:
     )
 
 
-def not_worse(seen: Evidence, slot: Slot | None, size: str, base: str, variant: str) -> Found:
+def not_worse(seen: Evidence, size: str, base: str, variant: str) -> Found:
     """A difference of nothing can be shown only against something that counts as none: `WORSE`."""
     a, b = (seen.rows(LATENT, size, method, 1) for method in (base, variant))
     own, other = needed(a, base), needed(b, variant)
     found = ratio(own, other)
     why = f"size {size}: {own.value:.3f} against {other.value:.3f}, {trainings(a, b)}"
-    return Found(found.value, 1 + WORSE - found.value, found.error, why, joined_runs(a, b))
+    return Found(found.value, 1 + WORSE - found.value, found.error, why, measured.runs(a, b))
 
 
-def _against(seen: Evidence, slot: Slot | None, size: str, variant: str, base: str) -> Found:
+def _against(seen: Evidence, size: str, variant: str, base: str) -> Found:
     a, b = (seen.rows(LATENT, size, method, 1) for method in (variant, base))
     worse, better = needed(a, variant), needed(b, base)
     value, error = difference(worse, better)
     why = f"size {size}: {worse.value:.3f} against {better.value:.3f}, {trainings(a, b)}"
-    return Found(value, value, error, why, joined_runs(a, b))
+    return Found(value, value, error, why, measured.runs(a, b))
 
 
 def e3_paper(seen: Evidence) -> str:
@@ -99,4 +99,4 @@ def sct_against_ect(seen: Evidence) -> Found:
     x, y = needed(ours, a), needed(theirs, b)
     value, error = difference(x, y)
     why = f"{iterations} iterations: {x.value:.3f} against {y.value:.3f}, {trainings(ours, theirs)}"
-    return Found(value, -value, error, why, joined_runs(ours, theirs))
+    return Found(value, -value, error, why, measured.runs(ours, theirs))

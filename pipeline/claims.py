@@ -126,11 +126,6 @@ def trainings(*parts: pd.DataFrame) -> str:
     return f"trainings: {' and '.join(counts)}"
 
 
-def joined_runs(*parts: pd.DataFrame) -> str:
-    """The runs behind several numbers, each once."""
-    return " ".join(dict.fromkeys(run for part in parts for run in part.run))
-
-
 def difference(a: Number, b: Number) -> tuple[float, float]:
     """a − b and its standard error, as of independent numbers: an upper bound for ours, whose samples share their noise."""
     return a.value - b.value, (a.error**2 + b.error**2) ** 0.5

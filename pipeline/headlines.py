@@ -17,7 +17,6 @@ from pipeline.claims import (
     Found,
     claim,
     difference,
-    joined_runs,
     needed,
     over_guidance,
     sizes_of,
@@ -118,7 +117,7 @@ def two_step_gap(seen: Evidence, size: str) -> Found:
     found = ratio(needed(rows, "sCD with 2 steps"), needed(teacher, "its teacher"))
     scales = [measured.joined(part, "guidance", "{:g}") for part in (rows, teacher)]
     why = f"guidance {scales[0]} and {scales[1]}, {rows.samples.iloc[0]} samples, {trainings(rows, teacher)}"
-    return Found(found.value, 1 + GAP - found.value, found.error, why, joined_runs(rows, teacher))
+    return Found(found.value, 1 + GAP - found.value, found.error, why, measured.runs(rows, teacher))
 
 
 def papers_share(seen: Evidence) -> str:
@@ -137,7 +136,7 @@ def sampling_compute(seen: Evidence) -> Found:
     needed(teacher, "its teacher")
     a, b = (compute(float(part.params.iloc[0]), int(part.nfe.max())) for part in (student, teacher))
     why = f"size {size[0]}: NFE {student.nfe.max()} against {teacher.nfe.max()}; a count. No earlier model is measured here"
-    return Found(a / b, SHARE - a / b, None, why, joined_runs(student, teacher))
+    return Found(a / b, SHARE - a / b, None, why, measured.runs(student, teacher))
 
 
 def stable_training(seen: Evidence) -> Found:
@@ -161,7 +160,7 @@ def stable_training(seen: Evidence) -> Found:
     why = f"{checked} trainings, {curves} students with earlier checkpoints" + (
         f"; {', '.join(unstable)}" if unstable else ""
     )
-    return Found(len(unstable), -float(len(unstable)), None, why, joined_runs(*used), digits=0)
+    return Found(len(unstable), -float(len(unstable)), None, why, measured.runs(*used), digits=0)
 
 
 def got_worse(found: pd.DataFrame) -> bool | None:
@@ -184,7 +183,7 @@ def constant_ratio(seen: Evidence) -> Found:
     top, low = max(found.values()), min(found.values())
     spread = ratio(top, low)
     why = ", ".join(f"{size} {n.value:.3f} ± {n.error:.3f}" for size, n in found.items()) + f"; {trainings(*parts)}"
-    return Found(spread.value - 1, CONSTANT - (spread.value - 1), spread.error, why, joined_runs(*parts))
+    return Found(spread.value - 1, CONSTANT - (spread.value - 1), spread.error, why, measured.runs(*parts))
 
 
 def vsd_against_scd(seen: Evidence, column: str, sign: int) -> Found:
@@ -194,7 +193,7 @@ def vsd_against_scd(seen: Evidence, column: str, sign: int) -> Found:
     a, b = seen.sweep(sizes[-1], "vsd", 1), seen.sweep(sizes[-1], "scd", 1)
     value, error, count = over_guidance(a, b, column, "VSD and sCD")
     why = f"size {sizes[-1]}, mean over {count} scales, {trainings(a, b)}"
-    return Found(value, sign * value, error, why, joined_runs(a, b))
+    return Found(value, sign * value, error, why, measured.runs(a, b))
 
 
 def scd_keeps_recall(seen: Evidence) -> Found:
@@ -204,7 +203,7 @@ def scd_keeps_recall(seen: Evidence) -> Found:
     why = f"size {size}, mean over {count} scales, {trainings(a, b)}"
     most = a[a.guidance.isin(b.guidance)].recall.mean()
     nothing = f"its teacher's recall is {most:.3f}: there is no such loss to be had" if most <= RECALL else ""
-    return Found(value, RECALL - value, error, why, joined_runs(a, b), undecided=nothing)
+    return Found(value, RECALL - value, error, why, measured.runs(a, b), undecided=nothing)
 
 
 def guidance(seen: Evidence, column: str, sign: int) -> Found:
@@ -216,7 +215,7 @@ def guidance(seen: Evidence, column: str, sign: int) -> Found:
     ends = [needed(rows[rows.guidance == s], "sCD with 2 steps", column) for s in (high, low)]
     value, error = difference(*ends)
     why = f"size {size}, from {low:g} to {high:g}, {trainings(rows)}"
-    return Found(value, sign * value, error, why, joined_runs(rows))
+    return Found(value, sign * value, error, why, measured.runs(rows))
 
 
 def training_compute(seen: Evidence) -> Found:

@@ -101,9 +101,9 @@ def joined(rows: pd.DataFrame, column: str, form: str = "{}") -> str:
     return "/".join(form.format(value) for value in dict.fromkeys(rows[column].dropna()))
 
 
-def runs(rows: pd.DataFrame) -> str:
-    """The runs behind a number."""
-    return " ".join(dict.fromkeys(rows.run))
+def runs(*parts: pd.DataFrame) -> str:
+    """The runs behind a number, or behind several, each once."""
+    return " ".join(dict.fromkeys(run for part in parts for run in part.run))
 
 
 def measured_points(folder: Path, scale: str, name: str) -> pd.DataFrame:

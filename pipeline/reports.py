@@ -7,13 +7,13 @@ shown so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pipeline import costs, shown
 from pipeline.expansion import evaluated
 from pipeline.job import REPORTS, Axes, Point, Stage, noted
-from pipeline.params import Params
+from pipeline.params import Params, Scale
 from pipeline.shown import ITEMS, Shown
 
 TEXTS = ("csv", "md", "tex")
@@ -70,13 +70,18 @@ def _files(name: str, endings: Iterable[str]) -> tuple[Path, ...]:
     return tuple(REPORTS / f"{name}.{ending}" for ending in endings)
 
 
-def _table(name: str, title: str, params: Callable[[Point], tuple[str, ...]] | None = None) -> Stage:
+def _table(
+    name: str,
+    title: str,
+    params: Callable[[Point], tuple[str, ...]] | None = None,
+    inputs: Callable[[Point], dict[str, Path]] | None = None,
+) -> Stage:
     return Stage(
         name,
         title,
         axes=(),
         expand=where_it_belongs(name),
-        inputs=evaluations_of(name),
+        inputs=inputs or evaluations_of(name),
         params=params or measured_with(name),
         cost=costs.report,
         reports=_files(name, TEXTS),
@@ -95,6 +100,20 @@ def _figure(name: str, title: str, reads: tuple[Path, ...] = ()) -> Stage:
         cost=costs.figure,
         reports=_files(name, (*PICTURES, "csv")),
         reads=reads,
+    )
+
+
+def _toy(name: str, title: str, cost: Callable[[Scale, Mapping[str, str]], costs.Resources]) -> Stage:
+    """A figure that trains what it shows, where the scale says how."""
+    return Stage(
+        name,
+        title,
+        axes=(),
+        expand=lambda params: iter([{}] if getattr(params.active, name) else []),
+        inputs=lambda p: {},
+        params=lambda p: ("seed", name),
+        cost=cost,
+        reports=_files(name, (*PICTURES, "csv")),
     )
 
 
@@ -128,17 +147,7 @@ def grids_inputs(point: Point) -> dict[str, Path]:
 
 _SHOWN = (
     _table("table1", "Table 1: unconditional and class-conditional pixels, the paper's rows and ours"),
-    Stage(
-        "table2",
-        "Table 2: the paper's rows and ours",
-        axes=(),
-        expand=where_it_belongs("table2"),
-        inputs=table2_inputs,
-        params=measured_with("table2"),
-        cost=costs.report,
-        reports=_files("table2", TEXTS),
-        reads=(REPORTS / "paper" / "table2.csv",),
-    ),
+    _table("table2", "Table 2: the paper's rows and ours", inputs=table2_inputs),
     _table("table3", "Table 3: training settings for pixels, the paper's and those used", trained_with("table3")),
     _table("table4", "Table 4: training settings for latents, the paper's and those used", trained_with("table4")),
     _table("table5", "Table 5: FID and FD-DINOv2 of latent models at their best guidance"),
@@ -156,26 +165,8 @@ _SHOWN = (
         cost=costs.figure2,
         reports=_files("figure2", PICTURES),
     ),
-    Stage(
-        "figure3",
-        "Figure 3: discrete and continuous time on a toy whose PF-ODE is known",
-        axes=(),
-        expand=lambda params: iter([{}] if params.active.figure3 else []),
-        inputs=lambda p: {},
-        params=lambda p: ("seed", "figure3"),
-        cost=costs.figure3,
-        reports=_files("figure3", (*PICTURES, "csv")),
-    ),
-    Stage(
-        "figure4",
-        "Figure 4: the two parts of dF/dt with three time embeddings, on the toy",
-        axes=(),
-        expand=lambda params: iter([{}] if params.active.figure4 else []),
-        inputs=lambda p: {},
-        params=lambda p: ("seed", "figure4"),
-        cost=costs.figure4,
-        reports=_files("figure4", (*PICTURES, "csv")),
-    ),
+    _toy("figure3", "Figure 3: discrete and continuous time on a toy whose PF-ODE is known", costs.figure3),
+    _toy("figure4", "Figure 4: the two parts of dF/dt with three time embeddings, on the toy", costs.figure4),
     _figure("figure5", "Figure 5: FID against iterations for tangents, weighting and discrete time"),
     _figure("figure6", "Figure 6: FID against the cost of one forward pass", (REPORTS / "paper" / "table2.csv",)),
     _figure("figure7", "Figure 7: precision, recall and FID against guidance"),

@@ -168,14 +168,14 @@ def table_e3(root: Path, points: pd.DataFrame, slot: Slot | None, scale: str) ->
     rows = [{"section": "Published", **row, **where} for row in published(root, "tableE3").to_dict("records")]
     ours = f"Ours, scale {scale}"
     names = [(size, name) for size in slot.sizes for name in slot.sizes[size].students] if slot else []
-    for family in ("ect", "sct"):
+    for family, method in {"ect": "ECT", "sct": METHOD_NAMES["sct"]}.items():
         found = [(size, name) for size, name in names if name.startswith(f"{family}_") and base_of(name) == name]
         if slot is None or not found:
-            rows += [{"section": ours, "method": family.replace("ct", "CT").replace("eCT", "ECT"), "fid": MISSING}]
+            rows += [{"section": ours, "method": method, "fid": MISSING}]
             continue
         for size, name in sorted(found, key=lambda pair: slot.student_for(*pair).iterations):
             own, training = measured.of_model(points, UNCOND, size, name), slot.student_for(size, name)
-            row = {"section": ours, "method": "ECT" if family == "ect" else "sCT", "size": size}
+            row = {"section": ours, "method": method, "size": size}
             row |= {"iterations": format_iterations(training.iterations), "batch": str(training.batch)}
             measured_rows = measured.reported(own, 1)
             rows.append({**row, **(cells(measured_rows) if len(measured_rows) else {"fid": MISSING})})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import manifest, paths, registry
+from pipeline.cells import read_rows
 from pipeline.cli import Parser
 from pipeline.errors import PipelineError, suggestion
 from pipeline.files import read_json, sha256_file
@@ -54,15 +55,14 @@ def main(argv: Sequence[str]) -> int:
 def read_table(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV table."""
     try:
-        with file.open(newline="", encoding="utf-8") as f:
-            rows = list(csv.DictReader(f))
+        rows = read_rows(file)
     except FileNotFoundError:
         raise PipelineError(f"{file}: no such table; make it with: snakemake --profile cluster/local") from None
     except (UnicodeDecodeError, csv.Error, IsADirectoryError):
         raise PipelineError(f"{file}: is not a CSV table") from None
     if not rows:
         raise PipelineError(f"{file}: has no rows")
-    return [{key: value or "" for key, value in row.items() if key} for row in rows]
+    return rows
 
 
 def runs_of(table: Path, cells: Cells, made: Mapping[str, tuple[Job, dict[str, Any]]]) -> list[str]:

@@ -4,11 +4,13 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from pipeline import manifest, paths, registry
@@ -155,6 +157,16 @@ class Made:
             if path is not None:
                 inputs[name.replace("_", ".")] = path
         return render(self.page, self.params, inputs, self.runs())
+
+
+@contextmanager
+def made_repository(factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Such a repository, in which the pipeline finds itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = factory.mktemp("repository")
+        (folder / "params.yaml").write_text("")
+        patch.setenv("SCM_ROOT", str(folder))
+        yield Made(folder)
 
 
 def table(runs: Iterable[str]) -> list[dict[str, str]]:

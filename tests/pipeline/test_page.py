@@ -23,18 +23,27 @@ from pipeline.files import host
 from pipeline.params import load, read_yaml, validate
 from pipeline.webpage import charts, curves, graph, pictures, runs, tables
 from pipeline.webpage import render as rendering
-from tests.pipeline.pages import COMMIT, HOSTILE, ROOT, Made, Page, claims, sweep_rows, table, write_csv, write_png
+from tests.pipeline.pages import (
+    COMMIT,
+    HOSTILE,
+    ROOT,
+    Made,
+    Page,
+    claims,
+    made_repository,
+    sweep_rows,
+    table,
+    write_csv,
+    write_png,
+)
 
 CSS = (ROOT / "pipeline/webpage/page.css").read_text()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("repository")
-        (folder / "params.yaml").write_text("")
-        patch.setenv("SCM_ROOT", str(folder))
-        yield Made(folder)
+    with made_repository(tmp_path_factory) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.pipeline.chromium import EXECUTABLE, Browser
-from tests.pipeline.pages import Made, claims, write_csv
+from tests.pipeline.pages import claims, made_repository, write_csv
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed")
 PHONE, DESK = 390, 1280
@@ -19,13 +19,9 @@ VISIBLE = "(element) => element.checkVisibility()"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("repository")
-        (folder / "params.yaml").write_text("")
-        patch.setenv("SCM_ROOT", str(folder))
-        made = Made(folder)
-        file = folder / "report.html"
-        file.write_text(made.render(claims_csv=write_csv(folder / "claims.csv", claims(made.evaluations))))
+    with made_repository(tmp_path_factory) as made:
+        file = made.root / "report.html"
+        file.write_text(made.render(claims_csv=write_csv(made.root / "claims.csv", claims(made.evaluations))))
         yield file
 
 
