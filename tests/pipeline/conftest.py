@@ -129,7 +129,8 @@ STAGES = {
             ctx.tracker.set_tag("kind", "fake")
             ctx.tracker.log_artifact(ctx.out / "size.txt", "tables")
     """,
-    # Thirty steps of STEP_SECONDS with a checkpoint after each: its result shows where it resumed.
+    # Thirty steps of STEP_SECONDS with a checkpoint after each: its result shows where it resumed. Half way it waits for the
+    # file that STEP_HOLD names, where one is named.
     "steps": """
         import os
         import time
@@ -141,6 +142,8 @@ STAGES = {
             progress = ctx.progress(30, "it")
             (ctx.out / "half").write_text("half-written")
             for step in range(start, 30):
+                while step == 15 and "STEP_HOLD" in os.environ and not os.path.exists(os.environ["STEP_HOLD"]):
+                    time.sleep(0.05)
                 time.sleep(float(os.environ.get("STEP_SECONDS", "0.1")))
                 draft = file.with_suffix(".tmp")
                 draft.write_text(str(step + 1))

@@ -221,12 +221,14 @@ def test_a_server_that_dies_in_the_middle(repo: Any) -> None:
     first = server()
     try:
         repo.run("first")
-        job = repo.start("steps", STEP_SECONDS="0.4", **there)
+        go = repo.root / "go"
+        job = repo.start("steps", STEP_SECONDS="0.4", STEP_HOLD=str(go), **there)
         repo.wait_for(lambda: query(repo, "SELECT count(*) FROM metrics") > [(2,)], seconds=60)
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
     sent = len(one(runs(repo), "steps")["metrics"]["loss"])
+    go.touch()
     assert job.wait(60) == 0
     assert 0 < sent < 30
     second = server()
