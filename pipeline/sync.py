@@ -8,6 +8,7 @@ is first compared with its manifest. What is not done yet is left for them to do
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -47,12 +48,17 @@ def main(argv: list[str]) -> int:
         raise PipelineError(
             f"{DVC_FILE}: has no {strange[0]}, so it is not that of scale {params.scale}; make it with: python -m pipeline dvc > {DVC_FILE}"
         )
-    # Told names, DVC reads and writes all of dvc.yaml and dvc.lock once for each: minutes, where everything at once takes seconds.
-    names = () if known.keys() == {job.name for job in done} else [job.name for job in done]
-    _run(root, "dvc", "commit", "--force", "--quiet", *names)
+    if known.keys() == {job.name for job in done}:
+        _run(root, "dvc", "commit", "--force", "--quiet")
+    else:
+        # Told names, DVC reads and writes all of dvc.yaml and dvc.lock once for each: seconds a name. So it is told news only.
+        news = json.loads(_run(root, "dvc", "status", "--json").stdout)
+        if names := [job.name for job in done if job.name in news]:
+            _run(root, "dvc", "commit", "--force", "--quiet", *names)
     targets = [output.as_posix() for job in done for output in job.outputs]
     seen = _run(root, "snakemake", *targets, "--dry-run", "--cores", "1")
-    if "Nothing to be done" not in seen or "missing provenance" in seen:
+    said = seen.stdout + seen.stderr
+    if "Nothing to be done" not in said or "missing provenance" in said:
         # Without --forceall, Snakemake leaves alone what looks new enough, and records no settings for it.
         _run(root, "snakemake", *targets, "--touch", "--forceall", "--cores", "1", "--quiet", "all")
     print(f"scale {params.scale}: {len(done)} jobs known to Snakemake and DVC")
@@ -61,9 +67,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _run(root: Path, *words: str) -> str:
+def _run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-m", *words], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout + done.stderr, end="", file=sys.stderr)
         raise PipelineError(f"`{' '.join(words)}` failed with exit code {done.returncode}; its words are above")
-    return done.stdout + done.stderr
+    return done

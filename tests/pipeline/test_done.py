@@ -22,12 +22,16 @@ def use_scale(repo: Any, before: str, after: str) -> None:
     file.write_text(file.read_text().replace(f"scale: {before}", f"scale: {after}"))
 
 
-def sync(repo: Any) -> Any:
-    """`python -m pipeline sync` with engines that only say what they are told."""
-    code = """
+def sync(repo: Any, news: str = "{}") -> Any:
+    """`python -m pipeline sync` with engines that only say what they are told; of DVC's status they say `news`."""
+    code = f"""
+        import subprocess
         import sys
         from pipeline import __main__, sync
-        sync._run = lambda root, *words: print(*words) or ""
+        def run(root, *words):
+            print(*words)
+            return subprocess.CompletedProcess(words, 0, {news!r} if "status" in words else "", "")
+        sync._run = run
         sys.exit(__main__.main(["sync"]))
     """
     return repo.python(code)
@@ -76,7 +80,9 @@ def test_sync_reads_every_file_before_it_tells_the_engines(repo: Any) -> None:
     assert "dvc commit --force --quiet\n" in told.out, "all that dvc.yaml has is done"
     (repo.root / "dvc.yaml").write_text("stages: {first: {}, second: {}, report: {}, steps: {}}\n")
     told = sync(repo)
-    assert "dvc commit --force --quiet first second report\n" in told.out
+    assert "dvc commit" not in told.out, "DVC knows them already"
+    told = sync(repo, """{"first": ["changed command"], "report": [{"changed outs": {}}], "steps": []}""")
+    assert "dvc commit --force --quiet first report\n" in told.out
     assert "snakemake runs/tiny/first runs/tiny/second reports/table.csv reports/table.md --touch" in told.out
     assert "scale tiny: 3 jobs known to Snakemake and DVC" in told.out
     assert "6 are left to do, first steps (to do)" in told.out
