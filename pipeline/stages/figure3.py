@@ -31,13 +31,14 @@ def run(ctx: Context) -> None:
 
 def draw(toy: Toy, result: Result, title: str) -> Figure:
     """Trajectories and samples; the students' error against N; the tangent's error against N."""
-    figure, ((left, middle, right),) = style.panels(1, 3, height=2.8)
+    figure, ((left, middle, right),) = style.panels(1, 3, height=3.1)
     figure.suptitle(title)
     draw_paths(toy, result, left)
     draw_errors(result.rows, "rms_error", middle)
     middle.set(title="(b) one-step sample after training", ylabel="RMS distance from the exact map")
     draw_errors(result.rows, "tangent_error", right)
     right.set(title="(c) tangent of one fixed network", ylabel="relative RMS error of the tangent")
+    style.legend_below(figure, (left, middle, right), 4)  # within a panel it would hide lines
     return figure
 
 
@@ -46,14 +47,13 @@ def draw_paths(toy: Toy, result: Result, axis: Axes) -> None:
     count, n = toy.plan.paths, toy.plan.intervals[0]
     start = math.sin(toy.t_max) * toy.z[:count]
     axis.plot(*toy.paths(start).unbind(2), color="0.75", lw=0.5, zorder=1)
-    axis.plot(*start.T, ".", color="0.6", ms=3, label="noise")
-    ends = {"exact": ("exact PF-ODE", "o"), "scd-fp32-": ("sCD", "."), f"dscd-fp32-{n}": (f"dsCD, N = {n}", "x")}
+    axis.plot(*start.T, ".", color="0.6", ms=3, label="(a) noise")
+    ends = {"exact": ("(a) exact PF-ODE", "o"), "scd-fp32-": ("(a) sCD", "."), f"dscd-fp32-{n}": (f"(a) dsCD, N = {n}", "x")}
     colours = (style.BLACK, style.BLUE, style.VERMILION)
     for (name, (label, marker)), colour in zip(ends.items(), colours, strict=True):
         face = "none" if marker == "o" else None
         axis.plot(*result.samples[name][:count].T, marker, color=colour, ms=4, mew=0.7, mfc=face, label=label)
     axis.set(title="(a) from noise to data", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-    axis.legend()
 
 
 def draw_errors(rows: list[Row], quantity: str, axis: Axes) -> None:
@@ -72,4 +72,3 @@ def draw_errors(rows: list[Row], quantity: str, axis: Axes) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.tick_params(axis="x", labelrotation=60)
     axis.minorticks_off()
-    axis.legend()
