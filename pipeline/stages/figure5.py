@@ -20,7 +20,7 @@ def run(ctx: Context) -> None:
     table = pd.concat(tables)
     table.to_csv(ctx.out / "figure5.csv", index=False, float_format="%.6g")
     ctx.tracker.log_artifact(ctx.out / "figure5.csv")
-    figure, grid = style.panels(len(sizes), 3, height=2.5)
+    figure, grid = style.panels(len(sizes), 3, height=2.8)
     counts = " or ".join(str(count) for count in sorted(set(table.seeds))) or "0"
     bars = f"seeds: {counts}; bars: standard errors of the mean"
     figure.suptitle(
@@ -41,5 +41,5 @@ def run(ctx: Context) -> None:
                 style.placeholder(axis, "missing: no discrete-time student at this scale")
             axis.set(title=panel, xlabel="iterations", ylabel=f"FID, size {size}", yscale="log")
             style.plain(axis)
-            axis.legend()
+            axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # within a panel it would hide lines
     style.save(ctx, figure, "figure5")
