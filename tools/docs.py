@@ -23,7 +23,7 @@ CONTENTS = (
     ("Using it", ("docs/tutorial", "docs/data", "docs/runs", "docs/evaluation", "docs/scales", "docs/*")),
     ("The paper", ("docs/method", "docs/reproduction")),
     ("Working on it", ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG", "THIRD_PARTY")),
-    ("Measured", ("benchmarks/results/*",)),
+    ("Measured", ("results/*", "benchmarks/results/*")),
     ("API reference", tuple(f"api/{package}" for package in PACKAGES)),
 )
 
@@ -31,7 +31,7 @@ CONTENTS = (
 def pages() -> list[Path]:
     """The Markdown pages, relative to the repository."""
     found = [path for folder in (".", "docs", "benchmarks/results") for path in (ROOT / folder).glob("*.md")]
-    return sorted(path.relative_to(ROOT) for path in found)
+    return sorted(path.relative_to(ROOT) for path in [*found, *ROOT.glob("results/*/README.md")])
 
 
 def module_of(path: Path) -> str | None:
@@ -98,7 +98,10 @@ def main() -> int:
         name = Path("index.md") if page == Path("README.md") else page
         (STAGE / name).parent.mkdir(parents=True, exist_ok=True)
         (STAGE / name).write_text(staged(page) + (contents() if name.stem == "index" else ""))
-    shutil.copytree(ROOT / "docs/images", STAGE / "docs/images")
+    for picture in [*ROOT.glob("docs/images/*.png"), *ROOT.glob("results/*/*.png")]:
+        place = STAGE / picture.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture, place)
     env = os.environ | {"SPHINX_APIDOC_OPTIONS": "members,show-inheritance", "PYTHONPATH": str(ROOT)}
     for package in PACKAGES:
         apidoc = ["-m", "sphinx.ext.apidoc", "-q", "--separate", "--module-first", "--no-toc", "-o", str(STAGE / "api")]
