@@ -31,7 +31,7 @@ CONTENTS = (
 def pages() -> list[Path]:
     """The Markdown pages, relative to the repository."""
     found = [path for folder in (".", "docs", "benchmarks/results") for path in (ROOT / folder).glob("*.md")]
-    return sorted(path.relative_to(ROOT) for path in [*found, *ROOT.glob("results/*/README.md")])
+    return sorted(path.relative_to(ROOT) for path in [*found, *ROOT.glob("results/*/*.md")])
 
 
 def module_of(path: Path) -> str | None:
