@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LAUNCHERS = ("inline", "local", "slurm")
 REPEAT_S = 300.0  # until the same words about waiting are said again
+POLL_MOST_S = 1.0  # between two looks at a job that has run for minutes
 PAUSE_S, PAUSE_MOST_S = 2.0, 60.0  # between two tries to submit, the first and the longest
 
 
@@ -196,10 +197,12 @@ class Waiter:
         return ticket, backend
 
     def _wait(self, ticket: dict[str, Any], backend: "Backend") -> None:
+        began = time.monotonic()
         while backend.alive(self.job, ticket):
             self._show(ticket, backend)
             self._check_engine(f"{backend.where(ticket)} goes on, and the next run attaches to it")
-            time.sleep(backend.poll_s)
+            # Half a percent late is not late, and each look takes time from the job where both share a core.
+            time.sleep(max(backend.poll_s, min(POLL_MOST_S, (time.monotonic() - began) / 200)))
         if self._bar:
             print("\r\033[K", end="", flush=True)
 

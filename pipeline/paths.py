@@ -5,6 +5,7 @@ Everything a scale makes or needs lies below `runs/<scale>/`, except the finishe
 those of the scale that was run last.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Protocol
@@ -34,13 +35,23 @@ class JobName(Protocol):
 
 def root() -> Path:
     """The repository root: `SCM_ROOT`, else the nearest folder upwards from here that holds params.yaml."""
-    named = os.environ.get("SCM_ROOT")
+    named, here = os.environ.get("SCM_ROOT"), os.getcwd()
+    folder = _root(named, here)
+    if not os.path.isfile(f"{folder}/params.yaml"):  # it was there when it was looked for
+        _root.cache_clear()
+        folder = _root(named, here)
+    return folder
+
+
+@functools.lru_cache
+def _root(named: str | None, cwd: str) -> Path:
+    """The root from there; every path that a command looks at begins with it, thousands in one look at all jobs."""
     if named:
         folder = Path(named).resolve()
         if not (folder / "params.yaml").is_file():
             raise PipelineError(f"SCM_ROOT={named}: there is no params.yaml in it; point it at the repository")
         return folder
-    here = Path.cwd().resolve()
+    here = Path(cwd).resolve()
     for folder in (here, *here.parents):
         if (folder / "params.yaml").is_file():
             return folder

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 15.0
 POLL_SECONDS = 1.0
+SHARE = 0.05  # of a core, which is what looking at the jobs may take from them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
             raise PipelineError(f"watch: {command[0]}: cannot be run: {error.strerror}; name a program") from None
         with _passing_on_signals(engine), shown:
             while engine.poll() is None:
+                began = time.process_time()
                 shown.show()
-                time.sleep(POLL_SECONDS)
+                _rest(engine, max(POLL_SECONDS, (time.process_time() - began) / SHARE))
             shown.show(last=True)
     passed = duration(time.time() - started)
     for line in _lines(log, "warning: "):
@@ -75,6 +77,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     _explain(log, engine.returncode, passed)
     return engine.returncode if engine.returncode > 0 else 128 - engine.returncode
+
+
+def _rest(engine: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """Sleeps, but not longer than the command runs."""
+    with suppress(subprocess.TimeoutExpired):
+        engine.wait(seconds)
 
 
 def _scale(command: Sequence[str]) -> str | None:

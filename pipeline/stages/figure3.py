@@ -48,7 +48,11 @@ def draw_paths(toy: Toy, result: Result, axis: Axes) -> None:
     start = math.sin(toy.t_max) * toy.z[:count]
     axis.plot(*toy.paths(start).unbind(2), color="0.75", lw=0.5, zorder=1)
     axis.plot(*start.T, ".", color="0.6", ms=3, label="(a) noise")
-    ends = {"exact": ("(a) exact PF-ODE", "o"), "scd-fp32-": ("(a) sCD", "."), f"dscd-fp32-{n}": (f"(a) dsCD, N = {n}", "x")}
+    ends = {
+        "exact": ("(a) exact PF-ODE", "o"),
+        "scd-fp32-": ("(a) sCD", "."),
+        f"dscd-fp32-{n}": (f"(a) dsCD, N = {n}", "x"),
+    }
     colours = (style.BLACK, style.BLUE, style.VERMILION)
     for (name, (label, marker)), colour in zip(ends.items(), colours, strict=True):
         face = "none" if marker == "o" else None
