@@ -264,6 +264,8 @@ def test_jobs_that_start_together_share_one_root(repo: Any) -> None:
     jobs = [repo.start(stage, "inline", **ON) for stage in ("first", "silent", "broken")]
     for job in jobs:
         job.wait(timeout=90)
+    # On a busy machine the store may have been taken for so long that a job has kept its records.
+    assert repo.python("from pipeline.replay import replay; print(replay())", **ON).code == 0
     found = runs(repo)
     assert len(found) == 4
     assert {run["tags"].get("mlflow.parentRunId") for run in found.values()} == {None, found["scm-tiny"]["id"]}

@@ -82,7 +82,7 @@ def trained(
     text = (base / "params.yaml").read_text()
     start = text.index("  smoke:\n")
     place = text.index("teacher:", start)
-    own = re.sub(r"iterations: 60 ", "iterations: 5000 ", text[place:], count=1)  # long enough to be disturbed thrice
+    own = re.sub(r"iterations: 60 ", "iterations: 8000 ", text[place:], count=1)  # long enough to be disturbed thrice
     (base / "params.yaml").write_text(text[:place] + own)
     more = {"SLURM_CONF": str(slurm.conf), "SCM_SLURM_POLL": "2"}
     for stage in ("dataset", "vae", "latents"):
@@ -122,23 +122,35 @@ def disturb(slurm: Any, copies: dict[str, Copy]) -> None:
         copies[kind].further()
     slurm("sbatch", "-p", "urgent", "-w", "n2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     slurm.wait_for(lambda: copies["preempted"].restarts() >= 1, seconds=120)
-    slurm.wait_for(lambda: copies["node"].restarts() >= 1, seconds=120)
     # n1 stays away: a job that comes back to where it died so soon may be taken for its own remains.
-    for kind in ("requeued", "timed-out"):
-        copies[kind].further()
     requeued, timed = copies["requeued"], copies["timed-out"]
-    slurm(
-        "scontrol", "update", f"jobid={timed.job}", "TimeLimit=1"
-    )  # it has run for longer than 60 − 90 s: SIGUSR2 is due
-    before = requeued.restarts()
-    slurm("scontrol", "requeuehold", requeued.job)
+    slurm.wait_for(lambda: min(requeued.restarts(), timed.restarts()) >= 1, seconds=120)
+    before = {copy: copy.checkpoints() for copy in (requeued, timed)}
+    restarts = 0
+
+    def gone_on(copy: Copy) -> bool:
+        """Whether it has written a checkpoint since it runs again; the one of its end may come when it is queued already."""
+        if slurm.jobs()[copy.job][1] != "RUNNING":
+            before[copy] = copy.checkpoints()
+        return copy.checkpoints() > before[copy]
+
+    while before:
+        # Whichever comes first: with one node left, the other may get its turn only when this one is out of the way.
+        copy = slurm.wait_for(lambda: next(filter(gone_on, before), None), seconds=LIMIT_S)
+        del before[copy]
+        if copy is timed:  # it has run for longer than 60 − 90 s: SIGUSR2 is due
+            slurm("scontrol", "update", f"jobid={timed.job}", "TimeLimit=1")
+        else:
+            restarts = requeued.restarts()
+            slurm("scontrol", "requeuehold", requeued.job)
     slurm.wait_for(lambda: slurm.jobs()[requeued.job][1] in ("PENDING", "REQUEUE_HOLD"))
     slurm.wait_for(lambda: "held" in requeued.log.read_text())  # the look that all share has seen it
     (requeued.path / "status.txt").write_text(requeued.run("status", "--scale", "smoke"))
     slurm("scontrol", "release", requeued.job)
     slurm.wait_for(lambda: timed.restarts() >= 2, seconds=120)
     slurm("scontrol", "update", f"jobid={timed.job}", "TimeLimit=30")
-    slurm.wait_for(lambda: requeued.restarts() > before)
+    slurm.wait_for(lambda: requeued.restarts() > restarts)
+    slurm.wait_for(lambda: copies["node"].restarts() >= 1, seconds=120)  # last: SLURM takes its time to miss a node
 
 
 def files(folder: Path) -> dict[str, bytes]:
