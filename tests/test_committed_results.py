@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documents say that the demo gave is what is committed of it, results/demo: by digits, not by word."""
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
 
 from pipeline import registry
-from pipeline.committed import INDEX
-from pipeline.files import read_json
+from pipeline.cells import read_rows
+from pipeline.committed import read_index
 from pipeline.params import load
 from tests.documents import ROOT, prose
 
 COMMITTED = ROOT / "results/demo"
 README, REPORT = ROOT / "README.md", ROOT / "docs/reproduction.md"
 WITH_ERROR = re.compile(r"(-?\d+\.(\d+)) ± (\d+\.\d+)")
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    with (COMMITTED / name).open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def cells(document: Path) -> list[list[str]]:
@@ -31,9 +25,8 @@ def cells(document: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("document", [README, REPORT], ids=lambda path: path.name)
 def test_numbers_with_errors_are_committed(document: Path) -> None:
-    index = read_json(COMMITTED / INDEX)
-    assert index is not None
-    known = [(n["value"], n["se"]) for n in index["numbers"] if n["value"] is not None and n["se"] is not None]
+    _, numbers = read_index("demo")
+    known = [(n.value, n.se) for n in numbers.values() if n.se is not None]
     quoted = WITH_ERROR.findall(prose(document))
     assert len(quoted) > 5
     for value, decimals, error in quoted:
@@ -44,7 +37,7 @@ def test_numbers_with_errors_are_committed(document: Path) -> None:
 def test_the_table_of_the_readme_is_table_2() -> None:
     committed = {
         (row["method"].rpartition("-")[0].lower(), row["nfe"], row["size"]): f"{row['fid']} ± {row['fid_se']}"
-        for row in rows("table2.csv")
+        for row in read_rows(COMMITTED / "table2.csv")
         if row["run"]
     }
     shown = {}
@@ -56,17 +49,16 @@ def test_the_table_of_the_readme_is_table_2() -> None:
 
 def test_the_report_has_every_claim_with_its_verdict() -> None:
     shown = [tuple(row) for row in cells(REPORT)]
-    for row in rows("claims.csv"):
+    for row in read_rows(COMMITTED / "claims.csv"):
         ours = f"{row['ours']} ± {row['standard_error']}" if row["standard_error"] else row["ours"]
         assert (row["statement"], row["paper"], ours, row["verdict"]) in shown, row["id"]
 
 
 def test_committed_results_are_of_todays_jobs() -> None:
-    """A job that is gone, or that has other settings by now, leaves numbers behind that nobody can make again."""
-    index = read_json(COMMITTED / INDEX)
-    assert index is not None
+    """A job that is gone leaves numbers behind that nobody can make again."""
+    index, numbers = read_index("demo")
     assert index["not_made"] == []
     jobs = {job.name for job in registry.jobs(load(ROOT / "params.yaml", "demo"))}
-    runs = {run for number in index["numbers"] for run in number["run"].split()}
+    runs = {run for number in numbers.values() for run in number.run.split()}
     assert runs
     assert {run.rpartition("-")[0] for run in runs} <= jobs
