@@ -232,7 +232,7 @@ def test_the_run_of_one_engine_agrees_with_the_collected_results_of_the_other(ru
         text = runs.dvc.run("python", "-m", "pipeline", "results", "check", "--scale", "smoke")
     finally:
         for folder in (collected, place):
-            shutil.rmtree(folder.parent, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     found = re.search(r"(\d+) numbers with standard errors: (\d+) bitwise equal, 0 within", text)
     assert found, text
     assert found[1] == found[2]
