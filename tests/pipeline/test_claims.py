@@ -92,8 +92,8 @@ def test_a_claim_names_the_data_and_features_of_its_own_runs(demo: Params) -> No
     rows = [
         row(LATENT, "M", "teacher", fid=1.0, steps=18, nfe=70),
         row(LATENT, "M", "scd", fid=1.0, steps=2),
-        row("pixel_uncond", "S", "sct_3000", fid=1.0, dataset="others", features="others (4-d)"),
-        row("pixel_uncond", "S", "ect_3000", fid=1.5, dataset="others", features="others (4-d)"),
+        row("pixel_uncond", "S", "sct_2000", fid=1.0, dataset="others", features="others (4-d)"),
+        row("pixel_uncond", "S", "ect_2000", fid=1.5, dataset="others", features="others (4-d)"),
     ]
     seen = evidence(demo, *rows)
     shown = table(claims(seen), "demo", seen.points).set_index("id")
@@ -207,11 +207,11 @@ def test_the_papers_own_sizes_are_judged_by_the_number_that_ours_is(demo: Params
 
 
 def test_ect_and_sct_are_compared_after_the_longest_training_of_both(demo: Params) -> None:
-    fids = {"ect_750": 1.0, "sct_750": 2.0, "ect_3000": 0.9, "sct_3000": 0.5}
+    fids = {"ect_500": 1.0, "sct_500": 2.0, "ect_2000": 0.9, "sct_2000": 0.5}
     rows = [row("pixel_uncond", "S", name, fid=fid) for name, fid in fids.items()]
     result = found(evidence(demo, *rows), "sct_against_ect")
     assert (result.verdict, result.ours, result.paper) == (HOLDS, "-0.400", "-0.51 (3.09 − 3.60)")
-    assert result.why.startswith("3000 iterations")
+    assert result.why.startswith("2000 iterations")
 
 
 def curve_of(demo: Params, fids: list[float], skipped: int = 0) -> Evidence:
