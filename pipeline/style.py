@@ -121,6 +121,11 @@ def legend_below(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None
         figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns)
 
 
+def panel_legend(axis: Axes) -> None:
+    """A panel's own legend, in two columns below its label: within the panel it would hide lines."""
+    axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
 def placeholder(axis: Axes, words: str) -> None:
     """An empty panel that says what is missing."""
     axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes, color=GREY, wrap=True)

@@ -37,7 +37,7 @@ def run(ctx: Context) -> None:
         )
         style.plain(axis)
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        style.panel_legend(axis)
     style.save(ctx, figure, "figure1")
 
 

@@ -41,5 +41,5 @@ def run(ctx: Context) -> None:
                 style.placeholder(axis, "missing: no discrete-time student at this scale")
             axis.set(title=panel, xlabel="iterations", ylabel=f"FID, size {size}", yscale="log")
             style.plain(axis)
-            axis.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # within a panel it would hide lines
+            style.panel_legend(axis)
     style.save(ctx, figure, "figure5")

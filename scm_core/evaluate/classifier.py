@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from scm_core.data.images import from_uint8
 from scm_core.data.shards import Sharded
 from scm_core.described import load_described, save_described
+from scm_core.evaluate.pixels import checked_rgb
 
 FORMAT = "scm-classifier-1"
+LAYERS: tuple[str, ...] = ("features", "logits")
 
 
 class ClassifierTerms(NamedTuple):
@@ -88,6 +90,17 @@ def classifier_loss(logits: Tensor, labels: Tensor) -> ClassifierTerms:
     """Return cross-entropy and accuracy of logits (B, labels) against labels (B,) int64."""
     accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
     return ClassifierTerms(loss=F.cross_entropy(logits, labels), accuracy=accuracy)
+
+
+def rgb_layers(classifier: Classifier, images: Tensor, layers: Iterable[str]) -> tuple[Tensor, ...]:
+    """Return the asked-for `LAYERS`, features (B, dim) and logits (B, labels), of uint8 RGB images (B, 3, H, W).
+
+    A greyscale classifier sees the mean of the three channels, exact for grey images stored as RGB.
+    """
+    x = from_uint8(checked_rgb(images))
+    if classifier.config["channels"] == 1:
+        x = x.mean(dim=1, keepdim=True)
+    return tuple(classifier.features(x) if layer == "features" else classifier(x) for layer in layers)
 
 
 @torch.no_grad()

@@ -19,15 +19,15 @@ from scm_core.evaluate.extractors import (
     CLASSIFIER,
     DINOV2,
     INCEPTION,
-    Dinov2Features,
     Extractor,
     ExtractorIdentity,
     create_extractor,
 )
+from scm_core.evaluate.fidelity import Dinov2Features
 from scm_core.evaluate.weights import WEIGHTS
 from scm_core.precision import full_precision
 
-import torch_fidelity  # isort: skip  # after extractors, which makes its import work
+import torch_fidelity  # isort: skip  # after fidelity, which makes its import work
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # isort: skip
 from torch_fidelity.utils import get_featuresdict_from_dataset  # isort: skip

@@ -30,7 +30,8 @@ from scm_core.evaluate.classifier import (
     load_classifier,
     save_classifier,
 )
-from scm_core.evaluate.extractors import CLASSIFIER, Extractor, create_extractor, to_rgb
+from scm_core.evaluate.extractors import CLASSIFIER, Extractor, create_extractor
+from scm_core.evaluate.pixels import to_rgb
 from scm_core.evaluate.protocol import reference_of
 
 
@@ -115,7 +116,7 @@ def test_torch_fidelity_measures_the_same_with_our_extractor(
     extractor: Extractor, weights: Path, digits: ImageSet
 ) -> None:
     """torch-fidelity's own calculate_metrics, given the registered name, reaches the FID of our functions."""
-    import torch_fidelity
+    from scm_core.evaluate.fidelity import torch_fidelity
 
     class Images(torch.utils.data.Dataset):
         def __init__(self, images: torch.Tensor) -> None:
@@ -285,8 +286,20 @@ def test_rounding_to_uint8() -> None:
 
 
 def test_torch_fidelity_imports_in_a_fresh_process() -> None:
-    code = "import scm_core.evaluate.extractors, torchvision, torch_fidelity; print(torchvision.__version__)"
+    code = "import scm_core.evaluate.fidelity, torchvision, torch_fidelity; print(torchvision.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_classifier_needs_no_torch_fidelity(weights: Path) -> None:
+    """Its import takes seconds, of every evaluation of the demo."""
+    code = """
+import sys, torch
+from scm_core.evaluate.extractors import create_extractor
+create_extractor("scm-classifier", sys.argv[1])(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+assert not {"torch_fidelity", "torchvision", "torch._dynamo"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(weights)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
