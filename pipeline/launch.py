@@ -117,7 +117,10 @@ class Waiter:
                     publish.publish(self.job)
                     return None
                 try:
-                    ticket, backend = self._attach(mark) or self._submit(mark, inputs, submissions)
+                    found = self._attach(mark)
+                    if found is None and publish.staged(self.job, mark):  # it ended between the two looks
+                        raise NotYetError(f"{self.job.name}: has just ended")
+                    ticket, backend = found or self._submit(mark, inputs, submissions)
                 except NotYetError as error:
                     later = " ".join(str(error).removeprefix(f"{self.job.name}: ").split())
             if late:

@@ -109,7 +109,8 @@ def _taken(job: "Job", mark: str) -> bool:
             (paths.job_folder(job) / "ticket.json").unlink()
         else:
             settle(job, ticket, found)
-    return publish.staged(job, mark) or is_locked(paths.lock_file(job, "run")) or active(job) is not None
+    # In this order: what ends between two of the looks has staged its result by then.
+    return is_locked(paths.lock_file(job, "run")) or active(job) is not None or publish.staged(job, mark)
 
 
 def _array(group: Sequence[tuple["Job", str, dict[str, manifest.Input]]], params: Params) -> int:

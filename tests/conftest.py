@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,10 @@ for _variable, _value in (("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("
     os.environ.setdefault(_variable, _value)  # read when torch is imported
 
 import torch  # noqa: E402
+
+# The background jobs of a shell ignore Ctrl-C, and so would every program that a test starts and then interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

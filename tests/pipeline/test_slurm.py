@@ -348,6 +348,32 @@ def test_what_a_scheduler_that_was_away_did_not_take_is_submitted_by_the_next_su
     assert (cluster.root / "state/count").read_text() == "x\n"
 
 
+ENDS_BETWEEN_TWO_LOOKS = {
+    "run": """
+from pipeline import launch
+looks = iter([True])  # the first one sees it running, later ones what is true
+launch.Waiter._running = lambda self, real=launch.Waiter._running: next(looks, False) or real(self)
+launch.run(registry.find(loaded, "first", {}), loaded, "slurm")
+""",
+    "submit": """
+looks = []
+submit.is_locked = lambda path, real=submit.is_locked: looks.append(path) or real(path)
+submit.publish.staged = lambda job, mark, real=submit.publish.staged: bool(looks) and real(job, mark)
+print(all_of("first"))
+""",
+}
+
+
+@pytest.mark.parametrize("command", ENDS_BETWEEN_TWO_LOOKS)
+def test_a_job_that_ends_between_two_looks_at_it_is_not_submitted_again(cluster: Any, command: str) -> None:
+    assert "'submitted': 1" in cluster.python(f"{SUBMIT}\nprint(all_of('first'))").out
+    cluster.wait_for(lambda: "COMPLETED" in (cluster.root / "state/jobs.101").read_text())
+    done = cluster.python(SUBMIT + ENDS_BETWEEN_TWO_LOOKS[command])
+    assert done.code == 0, done.err
+    assert {"run": "publishing what it staged", "submit": "'submitted': 0"}[command] in done.out
+    assert (cluster.root / "state/count").read_text() == "x\n"
+
+
 def test_a_job_that_cannot_be_begun_leaves_no_ticket_of_those_before_it(cluster: Any) -> None:
     code = """
     def begin(job, *more, real=submission.begin):

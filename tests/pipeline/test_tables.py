@@ -162,7 +162,7 @@ def demo() -> Params:
 
 
 MODELS = {
-    "evaluate-latent_guided-M-teacher": [(18, 1.0, 35, 0.7, False), (18, 1.3, 70, 0.2, True)],
+    "evaluate-latent_guided-M-teacher": [(32, 1.0, 63, 0.7, False), (32, 1.3, 126, 0.2, True)],
     "evaluate-latent_guided-M-scd": [(1, 1.0, 1, 0.5, False), (1, 1.4, 1, 0.3, True), (2, 1.0, 2, 0.1, True)],
     "evaluate-latent_guided-S-sct": [(1, None, 1, 0.9, True), (2, None, 2, 0.8, True)],
 }
@@ -173,8 +173,8 @@ def test_our_rows_take_the_best_scale_and_the_teacher_also_scale_one(tmp_path: P
     rows = our_rows(points, [LATENT], demo.active, "demo", tuple(SECTIONS))
     shown = {(r["method"], r.get("nfe"), r.get("guidance"), r["fid"]) for r in rows if r["fid"] != MISSING}
     assert shown == {
-        ("teacher-M", "35", "1.00", "0.700"),
-        ("teacher-M", "35x2", "1.30", "0.200"),
+        ("teacher-M", "63", "1.00", "0.700"),
+        ("teacher-M", "63x2", "1.30", "0.200"),
         ("sCT-S", "1", "", "0.900"),
         ("sCT-S", "2", "", "0.800"),
         ("sCD-M", "1", "1.40", "0.300"),
@@ -182,9 +182,9 @@ def test_our_rows_take_the_best_scale_and_the_teacher_also_scale_one(tmp_path: P
     }
     assert all(r["section"].startswith("Ours, scale demo") for r in rows)
     assert {r["dataset"] for r in rows if r["fid"] != MISSING} == {"digits"}
-    unlabelled = evaluations(tmp_path / "b", {"evaluate-latent_guided-S-teacher": [(18, None, 35, 0.7, True)]})
+    unlabelled = evaluations(tmp_path / "b", {"evaluate-latent_guided-S-teacher": [(32, None, 63, 0.7, True)]})
     (row,) = [r for r in our_rows(unlabelled, [LATENT], demo.active, "demo", ["teacher"]) if r["fid"] != MISSING]
-    assert (row["nfe"], row["guidance"]) == ("35", "")
+    assert (row["nfe"], row["guidance"]) == ("63", "")
     scales = [found.best_guidance(found.of_model(points, LATENT, "M", "scd"), steps) for steps in (1, 2)]
     assert scales == [1.4, 1.0]
     assert found.best_guidance(found.of_model(points, LATENT, "S", "sct"), 1) is None
@@ -193,7 +193,7 @@ def test_our_rows_take_the_best_scale_and_the_teacher_also_scale_one(tmp_path: P
 def test_what_was_not_run_is_missing_and_never_a_number(tmp_path: Path, demo: Params) -> None:
     rows = our_rows(evaluations(tmp_path, MODELS), [LATENT], demo.active, "demo", tuple(SECTIONS))
     missing = {(r["method"], r["nfe"]) for r in rows if r["fid"] == MISSING}
-    assert missing == {("teacher-S", "35"), *((name, nfe) for name in ("sCT-M", "sCD-S") for nfe in "12")}
+    assert missing == {("teacher-S", "63"), *((name, nfe) for name in ("sCT-M", "sCD-S") for nfe in "12")}
     assert not any("run" in r or "fid_se" in r for r in rows if r["fid"] == MISSING)
     elsewhere = our_rows(found.read({}), [UNCOND, COND], demo.active, "demo", ["scd"])
     assert [(r["fid"], r["dataset"]) for r in elsewhere] == [
@@ -281,7 +281,7 @@ def test_quantities_have_the_published_names_and_their_errors(tmp_path: Path, de
     known = {(r.sampler, r.quantity): (r.value, r.value_se) for r in mine.itertuples()}
     assert known[("sCD", "fid_1step")] == ("0.300", "0.010")
     assert known[("sCD", "guidance_for_fid_1step")] == ("1.4", "")
-    assert known[("diffusion (NFE 70)", "fid_trigflow")] == ("0.200", "0.010")
+    assert known[("diffusion (NFE 126)", "fid_trigflow")] == ("0.200", "0.010")
     assert known[("sCD", "fd_dinov2_1step")] == (MISSING, "")
     paper = {r["quantity"] for r in published_rows("table5")}
     ours_only = set(mine.quantity) - paper
@@ -331,7 +331,7 @@ def test_effective_sampling_compute_and_ratios(tmp_path: Path, demo: Params) -> 
     assert set(mine[mine.method == "sct"]["size"]) == set()  # its teacher was not measured: no ratio, not a zero
     shown = our_systems(points, slot, LATENT, {"S": ["sct"], "M": ["scd"]})
     teacher = shown[shown.method == "teacher"].iloc[0]
-    assert teacher.compute == pytest.approx(478_000e-9 * 70)
+    assert teacher.compute == pytest.approx(478_000e-9 * 126)
 
 
 @pytest.mark.parametrize(
